@@ -1,0 +1,140 @@
+"""Training losses as pure functions on logits: one value per example, and the mean over the supervised ones.
+
+A row that a loss ignores is inert in both directions: whatever it holds, NaN included, reaches neither the value nor
+the gradient. A NaN in a row that does count is passed on, so that the trainer sees it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["IGNORED", "cross_entropy", "forward_kl", "masked_mean"]
+
+IGNORED = -100
+"""The label of an example that has none."""
+
+
+def forward_kl(
+    student_logits: Tensor,
+    teacher_logprobs: Tensor,
+    temperature: float = 1.0,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """KL(teacher || student) of each example, both softened by the temperature, times temperature squared.
+
+    Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2.1: the gradient of the softened loss
+    shrinks with 1 / T^2, so the factor keeps its size comparable with a hard-label loss when T changes. This is the
+    true divergence, the teacher's entropy included: 0 where the two agree, never negative.
+
+    Args:
+        student_logits: [n, classes], floating point.
+        teacher_logprobs: [n, classes], log-probabilities at temperature 1 in nats. They determine the teacher's
+            logits up to a constant, so log_softmax(logprobs / T) is the teacher softened by T. A class of
+            probability 0 (-inf) contributes nothing; a row of nothing but -inf has no distribution and is ignored.
+        temperature: T, above 0.
+        weights: [n], at least 0, or None for 1 everywhere; an example of weight 0 is ignored.
+
+    Returns:
+        [n], nats times T^2; float64 where an input is float64, else float32. Infinite where the student rules out
+        (-inf) a class that the teacher does not.
+
+    Raises:
+        ValueError: the shapes do not fit, or the temperature is not above 0.
+    """
+    if student_logits.dim() != 2 or student_logits.shape != teacher_logprobs.shape:
+        raise ValueError(
+            f"student_logits has shape {tuple(student_logits.shape)} and teacher_logprobs "
+            f"{tuple(teacher_logprobs.shape)}; wanted [n, classes] for both"
+        )
+    if weights is not None and weights.shape != student_logits.shape[:1]:
+        raise ValueError(
+            f"weights has shape {tuple(weights.shape)} and student_logits {tuple(student_logits.shape)}; "
+            f"wanted one weight per example, ({student_logits.shape[0]},)"
+        )
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature}; wanted a finite number above 0")
+    dtype = torch.promote_types(_at_least_float32(student_logits), teacher_logprobs.dtype)
+    ignored = (teacher_logprobs == float("-inf")).all(dim=-1)
+    if weights is not None:
+        ignored = ignored | (weights == 0)
+    # An ignored row becomes two equal ones, of divergence 0. Filled before the log_softmax: its backward multiplies by
+    # the row's softmax, and 0 * NaN is NaN.
+    log_q = F.log_softmax(student_logits.to(dtype).masked_fill(ignored[:, None], 0.0) / temperature, dim=-1)
+    log_p = F.log_softmax(teacher_logprobs.to(dtype).masked_fill(ignored[:, None], 0.0) / temperature, dim=-1)
+    p = log_p.exp()
+    # Filled before the product, as 0 * inf is NaN in the value and in the gradient alike.
+    impossible = p == 0
+    divergence = (p * (log_p.masked_fill(impossible, 0.0) - log_q.masked_fill(impossible, 0.0))).sum(dim=-1)
+    # Rounding can leave about -1e-7 where the two agree; lifted to 0 without cutting off the gradient.
+    divergence = divergence - divergence.detach().clamp(max=0.0)
+    loss = divergence * temperature**2
+    return loss if weights is None else loss * weights.to(dtype)
+
+
+def cross_entropy(student_logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each example with its label; 0 where there is no label.
+
+    Args:
+        student_logits: [n, classes], floating point.
+        labels: [n], long, in [0, classes) or -100 for none.
+
+    Returns:
+        [n], nats; float64 where the logits are float64, else float32.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    if student_logits.dim() != 2 or labels.shape != student_logits.shape[:1]:
+        raise ValueError(
+            f"student_logits has shape {tuple(student_logits.shape)} and labels {tuple(labels.shape)}; "
+            "wanted [n, classes] and [n]"
+        )
+    ignored = labels == IGNORED
+    logits = student_logits.to(_at_least_float32(student_logits)).masked_fill(ignored[:, None], 0.0)
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+
+
+def masked_mean(values: Tensor, mask: Tensor, denominator: Tensor | None = None) -> Tensor:
+    """Mean of the supervised values.
+
+    A micro-batch's own mean weighs an example by how few supervised neighbours it happens to have. With the whole
+    batch's denominator the micro-batches' results, and so their gradients, sum to the whole batch's, however it is
+    cut.
+
+    Args:
+        values: [n], floating point.
+        mask: [n], bool (True = supervised), or weights of at least 0. A value that is masked out may be anything, but
+            its own backward sees a gradient of 0, not none: mask in the loss too where it may not be finite.
+        denominator: scalar, above 0: what to divide the sum by, in place of the number supervised (or the sum of the
+            weights) in this call.
+
+    Returns:
+        Scalar; float64 where the values are float64, else float32. With a denominator, 0 where nothing is supervised.
+
+    Raises:
+        ValueError: the shapes do not fit, nothing is supervised and no denominator is given, or the denominator is
+            not above 0.
+    """
+    if values.dim() != 1 or mask.shape != values.shape:
+        raise ValueError(
+            f"values has shape {tuple(values.shape)} and mask {tuple(mask.shape)}; wanted one dimension, as long"
+        )
+    dtype = _at_least_float32(values)
+    weights = mask.to(dtype)
+    total = (values.to(dtype).masked_fill(weights == 0, 0.0) * weights).sum()
+    if denominator is None:
+        denominator = weights.sum()
+        if not bool(denominator > 0):
+            raise ValueError(
+                f"none of the {values.shape[0]} examples is supervised, so they have no mean; give the whole batch's "
+                "denominator, or leave the micro-batch out"
+            )
+    elif denominator.numel() != 1 or not bool(denominator > 0):
+        raise ValueError(f"denominator is {denominator.tolist()}; wanted one number above 0")
+    return total / denominator.to(device=total.device, dtype=dtype).reshape(())
+
+
+def _at_least_float32(values: Tensor) -> torch.dtype:
+    return torch.promote_types(values.dtype, torch.float32)
