@@ -13,6 +13,7 @@ import pytest
 from attar.evaluate import plots, report
 
 LABELS = ["lights", "email", "calendar", "weather", "calculator", "none"]
+AGREEMENT = {"student": 0.91, "control": 0.88, "baseline": 0.83}
 HOSTILE = "<script>alert('x')</script> & \"quotes\" <img src=http://evil.example/a.png>"
 
 
@@ -62,7 +63,6 @@ def _coverage(end: float) -> list[dict[str, float]]:
 
 def make_evaluation() -> dict[str, Any]:
     rng = random.Random(0)
-    about_teacher = "SmolLM2-135M-Instruct, 3 prompts averaged, calibrated on 200 cases"
     pairs = [("email", "calendar"), ("weather", "none"), ("lights", "none"), ("calculator", "calendar")]
     texts = ["mail the meeting notes to Ann", "will it hold until Sunday?", HOSTILE, "half of that, please " * 12]
     return {
@@ -79,7 +79,9 @@ def make_evaluation() -> dict[str, Any]:
         "thresholds": {"retention": 0.90, "speedup": 5, "cost_ratio": 10},
         "labels": LABELS,
         "arms": {
-            "teacher": _arm(0.873, 0.832, 0.906, 231.0, 0.0055, parameters=134_515_008, about=about_teacher),
+            "teacher": _arm(
+                0.873, 0.832, 0.906, 231.0, 0.0055, parameters=134_515_008, about="SmolLM2-135M, 3 prompts"
+            ),
             "baseline": _arm(0.803, 0.756, 0.843, 0.41, 0.0000097, about="TF-IDF and logistic regression"),
             "control": _arm(0.842, 0.797, 0.878, 1.09, 0.0000279, about="the student, trained on hard labels"),
             "student": _arm(0.858, 0.815, 0.893, 1.09, 0.0000278, about="tiny, 2 layers, width 128"),
@@ -106,10 +108,7 @@ def make_evaluation() -> dict[str, Any]:
             "one_off_usd": 0.68,
             "note": "Counts machine time only.",
         },
-        "agreement": {
-            arm: {"value": v, "ci": [v - 0.03, v + 0.03]}
-            for arm, v in (("student", 0.91), ("control", 0.88), ("baseline", 0.83))
-        },
+        "agreement": {arm: {"value": v, "ci": [v - 0.03, v + 0.03]} for arm, v in AGREEMENT.items()},
         "calibration": {"student": _bins(0.031), "teacher": _bins(0.012), "control": _bins(0.084)},
         "risk_coverage": {"student": _coverage(0.858), "teacher": _coverage(0.873), "control": _coverage(0.842)},
         "confusions_added": [
@@ -132,19 +131,12 @@ def make_evaluation() -> dict[str, Any]:
                     "loss": scale * (0.3 + 1.6 * math.exp(-step / 120) + 0.05 * rng.random()),
                     "eval_loss": scale * (0.38 + 1.5 * math.exp(-step / 110)) if step % 50 == 0 else None,
                 }
-                | ({"eval_kl": 0.1 + math.exp(-step / 100)} if arm == "student" and step % 50 == 0 else {})
+                | ({"eval_kl": 0.1 + math.exp(-step / 100)} if arm == "student" else {})
                 for step in range(10, 610, 10)
             ]
             for arm, scale in (("student", 1.0), ("control", 0.8))
         },
-        "data": {
-            "train": 1200,
-            "val": 300,
-            "dev": 70,
-            "calibration": 200,
-            "test": 310,
-            "dropped": {"duplicate": 3, "near_duplicate": 1},
-        },
+        "data": {"train": 1200, "val": 300, "test": 310, "dropped": {"duplicate": 3, "near_duplicate": 1}},
         "spend": {"teacher_usd": 0.0, "calls": 4600, "tokens": 120_000},
         "machine_price": {"usd_per_hour": 0.085, "source": "list price, see https://prices.example", "date": "2026-11"},
         "provenance": {
@@ -153,7 +145,6 @@ def make_evaluation() -> dict[str, Any]:
             "licences": ["Apache-2.0"],
             "hashes": {"train": "sha256:" + "0f" * 32, "test": "sha256:" + "ab" * 32},
             "versions": {"attar": "0.1.0", "torch": "2.9.1", "python": "3.11.2"},
-            "seed": 0,
             "machine": "2 cores, x86_64, 24 GiB",
         },
         "reproduce": ["attar run attar.yaml"],
@@ -203,7 +194,8 @@ def test_summary_has_the_keys_of_report_json(evaluation):
     result = report.summary(evaluation)
     assert set(result) == {
         "schema", "name", "task", "verdict", "reasons", "arms", "null_arms", "retention", "gain_over_control",
-        "metrics", "speedup_p50", "cost_ratio", "break_even", "seeds", "agreement", "calibration", "spend", "data", "provenance",
+        "metrics", "speedup_p50", "cost_ratio", "break_even", "seeds", "agreement", "calibration", "spend", "data",
+        "provenance",
     }  # fmt: skip
     assert set(result["arms"]["student"]) == {
         "quality", "latency_ms", "throughput_per_s", "memory_mb", "parameters", "cost_usd_per_1k",
@@ -234,8 +226,18 @@ def test_rendering_and_summing_up_leave_the_evaluation_alone(evaluation):
 def test_page_asks_the_network_for_nothing(evaluation):
     text = report.render_html(evaluation)
     page = _Page(text)
-    tags = {tag for tag, _ in page.tags}
-    assert not tags & {"script", "iframe", "object", "embed", "img", "base", "form", "image", "audio", "video"}
+    assert not {tag for tag, _ in page.tags} & {
+        "script",
+        "iframe",
+        "object",
+        "embed",
+        "img",
+        "base",
+        "form",
+        "image",
+        "audio",
+        "video",
+    }
     targets = page.attributes("src", "href", "xlink:href", "action", "poster", "srcset", "data")
     assert targets
     assert all(target.startswith(("#", "data:,")) for target in targets)
@@ -343,14 +345,9 @@ def test_arms_of_equal_cost_do_not_hide_each_other(evaluation):
     for arm in ("control", "student", "baseline"):
         evaluation["arms"][arm]["cost_usd_per_1k"] = 0.00003
     svg = plots.quality_cost(evaluation)
-    places = [
-        float(found.group(1))
-        for arm in ("control", "student", "baseline")
-        for found in [re.search(rf'<use href="[^"]*" x="([\d.]+)" y="[\d.]+" style="fill: var\(--arm-{arm}\)', svg)]
-        if found
-    ]
+    mark = r'<use href="[^"]*" x="([\d.]+)" y="[\d.]+" style="fill: var\(--arm-(?:control|student|baseline)\)'
+    places = sorted(float(x) for x in re.findall(mark, svg))
     assert len(places) == 3
-    places.sort()
     assert min(b - a for a, b in itertools.pairwise(places)) > 7
 
 
@@ -411,6 +408,6 @@ def test_usd(amount, written):
     assert plots.usd(amount) == written
 
 
-def test_percent_rounds_and_does_not_break():
+def test_percent():
     assert plots.percent(0.8734) == "87.3\u00a0%"
     assert plots.percent(0.9, 0) == "90\u00a0%"

@@ -118,16 +118,13 @@ def quality_cost(evaluation: Mapping[str, Any]) -> str:
     _dollar_ticks(axes, x_high - x_low)
     _percent_ticks(axes.yaxis)
 
-    shares = _dodge({arm: (math.log10(cost) - x_low) / (x_high - x_low) for arm, (cost, _) in points.items()}, 0.03)
+    wanted = [(math.log10(cost) - x_low) / (x_high - x_low) for cost, _ in points.values()]
+    shares = dict(zip(points, _spread(wanted, 0.03), strict=True))
     heights = {arm: (quality["value"] - y_low) / (y_high - y_low) for arm, (_, quality) in points.items()}
     taken: list[_Box] = []
     if line is not None:
         axes.axhline(line, color=_MUTED, linewidth=1, linestyle=(0, (5, 3)))
         height = (line - y_low) / (y_high - y_low)
-        words, beside = f"ship line {percent(line)}", height + (0.045 if height < 0.9 else -0.045)
-        style = {"ha": "right", "va": "center_baseline", "color": _MUTED, "parse_math": False}
-        axes.text(0.985, beside, words, transform=axes.transAxes, **style)
-        taken.append(_box(words, 0.985, beside, -1))
         taken.append((0.0, height - 0.005, 1.0, height + 0.005))
     for arm, (_, quality) in points.items():
         x = 10 ** (x_low + shares[arm] * (x_high - x_low))
@@ -138,6 +135,13 @@ def quality_cost(evaluation: Mapping[str, Any]) -> str:
             taken.append((shares[arm] - 0.008, low, shares[arm] + 0.008, high))
         axes.plot([x], [quality["value"]], color=_colour(arm), marker=_MARKERS.get(arm, "X"), markersize=7)
         taken.append((shares[arm] - 0.018, heights[arm] - 0.025, shares[arm] + 0.018, heights[arm] + 0.025))
+    if line is not None:
+        words = f"ship line {percent(line)}"
+        places = [(0.985 - 0.05 * i, height + shift) for i in range(14) for shift in (0.045, -0.045)]
+        x, y = next((place for place in places if _is_free(_box(words, *place, -1), taken)), places[0])
+        style = {"ha": "right", "va": "center_baseline", "color": _MUTED, "parse_math": False}
+        axes.text(x, y, words, transform=axes.transAxes, **style)
+        taken.append(_box(words, x, y, -1))
     for arm, (_, quality) in sorted(points.items(), key=lambda item: -heights[item[0]]):
         words = f"{arm} {percent(quality['value'])}"
         side, label = _free_place(words, shares[arm], heights[arm], taken)
@@ -305,12 +309,6 @@ def _between(interval: Sequence[float] | None) -> str:
     return f" (interval {percent(interval[0])} to {percent(interval[1])})" if interval else ""
 
 
-def _dodge(shares: Mapping[str, float], gap: float) -> dict[str, float]:
-    """Move points apart that would hide each other."""
-    moved = _spread(list(shares.values()), gap)
-    return dict(zip(shares, moved, strict=True))
-
-
 def _spread(wanted: Sequence[float], gap: float) -> list[float]:
     """Places at least `gap` apart, in the order of the wanted ones and balanced around them."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
@@ -332,13 +330,17 @@ def _box(words: str, x: float, y: float, side: int) -> _Box:
     return (x, y - 0.034, x + width, y + 0.034) if side > 0 else (x - width, y - 0.034, x, y + 0.034)
 
 
+def _is_free(box: _Box, taken: Sequence[_Box]) -> bool:
+    left, low, right, high = box
+    inside = left >= 0.01 and right <= 1.0 and low >= 0.01 and high <= 0.99
+    return inside and not any(left < b[2] and b[0] < right and low < b[3] and b[1] < high for b in taken)
+
+
 def _free_place(words: str, x: float, y: float, taken: Sequence[_Box]) -> tuple[int, float]:
     """Side (1 right, -1 left) and height of the nearest label that covers nothing; if none, beside the point."""
     for shift in sorted((0.035 * i for i in range(-14, 15)), key=abs):
         for side in (1, -1):
-            box = _box(words, x + side * 0.03, y + shift, side)
-            inside = box[0] >= 0.01 and box[2] <= 1.0 and box[1] >= 0.01 and box[3] <= 0.99
-            if inside and not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
+            if _is_free(_box(words, x + side * 0.03, y + shift, side), taken):
                 return side, y + shift
     return (1, y) if x < 0.5 else (-1, y)
 
