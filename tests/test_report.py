@@ -14,6 +14,7 @@ from attar.evaluate import plots, report
 
 LABELS = ["lights", "email", "calendar", "weather", "calculator", "none"]
 AGREEMENT = {"student": 0.91, "control": 0.88, "baseline": 0.83}
+FORBIDDEN = {"script", "iframe", "object", "embed", "img", "image", "base", "form", "audio", "video"}
 HOSTILE = "<script>alert('x')</script> & \"quotes\" <img src=http://evil.example/a.png>"
 
 
@@ -42,9 +43,8 @@ def _arm(quality: float, low: float, high: float, p50: float, cost: float, **mor
 
 
 def _distribution(rng: random.Random, top: str, share: float) -> dict[str, float]:
-    rest = [rng.random() for _ in LABELS]
-    total = sum(r for r, label in zip(rest, LABELS, strict=True) if label != top)
-    return {label: share if label == top else (1 - share) * r / total for r, label in zip(rest, LABELS, strict=True)}
+    rest = {label: rng.random() for label in LABELS if label != top}
+    return {label: (1 - share) * r / sum(rest.values()) for label, r in rest.items()} | {top: share}
 
 
 def _bins(ece: float) -> dict[str, Any]:
@@ -226,18 +226,7 @@ def test_rendering_and_summing_up_leave_the_evaluation_alone(evaluation):
 def test_page_asks_the_network_for_nothing(evaluation):
     text = report.render_html(evaluation)
     page = _Page(text)
-    assert not {tag for tag, _ in page.tags} & {
-        "script",
-        "iframe",
-        "object",
-        "embed",
-        "img",
-        "base",
-        "form",
-        "image",
-        "audio",
-        "video",
-    }
+    assert not FORBIDDEN & {tag for tag, _ in page.tags}
     targets = page.attributes("src", "href", "xlink:href", "action", "poster", "srcset", "data")
     assert targets
     assert all(target.startswith(("#", "data:,")) for target in targets)
