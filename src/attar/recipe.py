@@ -224,7 +224,9 @@ class Recipe(_Part):
         named = {
             "teacher.label_words": self.teacher.label_words,
             "teacher.prior": self.teacher.prior if isinstance(self.teacher.prior, dict) else {},
-            "teacher.prompts.examples": {shot.label: None for prompt in self.teacher.prompts for shot in prompt.examples},
+            "teacher.prompts.examples": {
+                shot.label: None for prompt in self.teacher.prompts for shot in prompt.examples
+            },
         }
         for key, mapping in named.items():
             for label in mapping:
@@ -238,8 +240,10 @@ class Recipe(_Part):
             if abs(total - 1) > 1e-6 or min(self.teacher.prior.values()) <= 0:
                 raise ValueError(f"teacher.prior: shares must be above 0 and add up to 1, they add up to {total:g}")
         if self.teacher.calibration == "batch" and self.teacher.prior == "estimated" and self.data.dev is None:
-            raise ValueError("teacher.prior: `estimated` counts the labels of data.dev, which is not set; "
-                             "set data.dev, or state `uniform` or the shares")
+            raise ValueError(
+                "teacher.prior: `estimated` counts the labels of data.dev, which is not set; "
+                "set data.dev, or state `uniform` or the shares"
+            )
         if len({seed for seed in self.train.seeds}) != len(self.train.seeds):
             raise ValueError(f"train.seeds: {list(self.train.seeds)} names a seed twice")
         if self.student.model != "tiny" and not self.student.model.startswith("hf:"):

@@ -124,8 +124,5 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def write_examples(path: Path, examples: Iterable[Example]) -> None:
     """Write examples as JSONL, atomically."""
-    rows = [
-        {"id": e.id, "text": e.text} | ({} if e.label is None else {"label": e.label})
-        for e in examples
-    ]
+    rows = [{"id": e.id, "text": e.text} | ({} if e.label is None else {"label": e.label}) for e in examples]
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())

@@ -166,9 +166,7 @@ class LocalEngine:
         """Keys and values of what all requests under this template begin with, computed at its first use."""
         if head not in self._prefixes:
             tail = prompt[len(head) + 1 :]
-            probes = [
-                encode_prompt(self.tokenizer, (*head, Part(probe, trusted=False), *tail)) for probe in _PROBES
-            ]
+            probes = [encode_prompt(self.tokenizer, (*head, Part(probe, trusted=False), *tail)) for probe in _PROBES]
             ids = _common_prefix(probes)
             keys_values = []
             if ids:

@@ -1,0 +1,97 @@
+"""teacher x examples -> signals."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from typing import Any
+
+import numpy as np
+
+from attar.data.files import read_jsonl
+from attar.engines.load import load_teacher, teacher_files
+from attar.progress import track
+from attar.recipe import Recipe
+from attar.signals.labels import Calibration, LabelQuestion, fit_calibration, prior_shares
+from attar.signals.store import SignalStore
+from attar.workspace import Run, digest, write_atomic, write_json
+
+__all__ = ["calibrate", "open_store", "read_calibration", "score", "teacher_log_probs"]
+
+# Examples a shard: what a killed run has to ask again, at most.
+SHARD = 128
+CONTENT_FREE = "content-free:"
+
+
+def open_store(recipe: Recipe, run: Run) -> SignalStore:
+    """The store of the teacher's raw label scores, [examples, prompts, labels] by example id."""
+    question = LabelQuestion(recipe)
+    teacher = recipe.teacher
+    return SignalStore(
+        run.path("signals", "raw"),
+        {
+            "kind": "label_scores",
+            "teacher and tokenizer": run.fingerprint_path(teacher_files(recipe)),
+            "dtype": teacher.dtype,
+            "prompts": digest([prompt.model_dump(mode="json") for prompt in teacher.prompts]),
+            "labels": question.words,
+            "length": teacher.length,
+        },
+    )
+
+
+def score(recipe: Recipe, run: Run) -> dict[str, Any]:
+    """Ask the teacher about every request of train and val, once; goes on after the last whole shard."""
+    store = open_store(recipe, run)
+    rows = [row for split in ("train", "val") for row in read_jsonl(run.path("data", f"{split}.jsonl"))]
+    wanted = [(row["id"], row["text"]) for row in rows]
+    wanted += [(CONTENT_FREE + text, text) for text in recipe.teacher.content_free]
+    done = len(store.ids)
+    started = time.perf_counter()
+    if done < len(wanted):
+        engine = load_teacher(recipe)
+        question = LabelQuestion(recipe)
+        with track(run.progress, "teacher scores the pool", len(wanted)) as step:
+            step.advance(done)
+            for start in range(done, len(wanted), SHARD):
+                shard = wanted[start : start + SHARD]
+                values, tokens = question.ask(engine, [text for _, text in shard])
+                store.append([name for name, _ in shard], values, tokens)
+                step.advance(len(shard))
+    return {"examples": len(wanted), "tokens": store.tokens, "seconds_now": round(time.perf_counter() - started, 1)}
+
+
+def calibrate(recipe: Recipe, run: Run) -> dict[str, Any]:
+    """Fit the calibration on train and val, freeze it, and write the calibrated log-probabilities."""
+    store = open_store(recipe, run)
+    ids = {split: [row["id"] for row in read_jsonl(run.path("data", f"{split}.jsonl"))] for split in ("train", "val")}
+    dev = [row["label"] for row in read_jsonl(run.path("data", "dev.jsonl"))]
+    prior = prior_shares(recipe, dev)
+    free = store.read([CONTENT_FREE + text for text in recipe.teacher.content_free])
+    fitted = fit_calibration(recipe, store.read(ids["train"] + ids["val"]), free, prior)
+    write_json(run.path("signals", "labels", "calibration.json"), fitted.to_json())
+    for split, names in ids.items():
+        values = fitted.apply(store.read(names)).astype(np.float32)
+        write_atomic(run.path("signals", "labels", f"{split}.npy"), _npy(values))
+    return {"prior": dict(zip(recipe.data.labels, prior.round(4).tolist(), strict=True))}
+
+
+def _npy(values: np.ndarray[Any, Any]) -> bytes:
+
+    content = io.BytesIO()
+    np.save(content, values, allow_pickle=False)
+    return content.getvalue()
+
+
+def read_calibration(run: Run) -> Calibration:
+    """The frozen calibration of a run."""
+    return Calibration.from_json(json.loads(run.path("signals", "labels", "calibration.json").read_text("utf-8")))
+
+
+def teacher_log_probs(run: Run, split: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The teacher's calibrated log-probabilities of ``train`` or ``val``, [examples, labels], in the split's order."""
+    values: np.ndarray[Any, np.dtype[np.float32]] = np.load(
+        run.path("signals", "labels", f"{split}.npy"), mmap_mode="r", allow_pickle=False
+    )
+    return values
