@@ -1,0 +1,154 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from attar import pipeline
+from attar.errors import AttarError, DataError, PreflightRefused
+from attar.recipe import load_recipe
+
+HERE = Path(__file__).parent
+RECIPE = """
+name: letters
+task: classify
+data: {labels: [alpha, beta], pool: pool.jsonl, test: test.jsonl}
+teacher: {model: "fakes:Keyword", prior: uniform, prompts: [{template: "{{ text }}"}]}
+curate: {val_size: 60}
+"""
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(HERE)
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcxyz", k=6)) for _ in range(400)]
+    words = list(dict.fromkeys(words))
+    (tmp_path / "pool.jsonl").write_text("".join(json.dumps({"text": w}) + "\n" for w in words[:300]))
+    test = [{"text": w, "label": "alpha" if i % 2 else "beta"} for i, w in enumerate(words[300:340])]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in test))
+    (tmp_path / "attar.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+def cli(job, *arguments, **options):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+    command = [sys.executable, "-c", "from attar.cli import main; main()", *arguments]
+    return subprocess.run(command, cwd=job, env=environment, capture_output=True, text=True, **options)
+
+
+def files(folder):
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name not in ("manifest.json", ".lock")
+    }
+
+
+def test_second_run_does_nothing_and_a_changed_value_reruns_what_depends_on_it(job):
+    recipe = load_recipe(job / "attar.yaml")
+    pipeline.run(recipe)
+    assert all(not p.reasons for p in pipeline.plan(recipe))
+    changed = load_recipe(job / "attar.yaml", ["teacher.prior={alpha: 0.9, beta: 0.1}"])
+    plans = {p.stage: p.reasons for p in pipeline.plan(changed)}
+    assert plans["curate"] == plans["score"] == ()
+    assert any("teacher.prior" in reason for reason in plans["calibrate"])
+    before = np.load(recipe.folder / "signals/labels/val.npy")
+    pipeline.run(changed)
+    after = np.load(recipe.folder / "signals/labels/val.npy")
+    assert np.exp(after)[:, 0].mean() > np.exp(before)[:, 0].mean() + 0.1
+
+
+def test_killed_anywhere_ends_with_the_same_files(job):
+    recipe = load_recipe(job / "attar.yaml")
+    pipeline.run(recipe)
+    expected = files(recipe.folder)
+    # Kills itself at the n-th atomic write; n grows until a run gets through.
+    script = (
+        "import os, signal, sys\nfrom attar import workspace\nfrom attar.cli import main\n"
+        "left, real = [int(sys.argv.pop(1))], os.fsync\n"
+        "def fsync(fd):\n    left[0] -= 1\n    left[0] or os.kill(os.getpid(), signal.SIGKILL)\n    real(fd)\n"
+        "workspace.os.fsync = fsync\nmain()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+    killed = 0
+    for point in (3, 9, 14, 20, 26, 31, 37, 44):
+        folder = f"run.folder=killed-{point}"
+        command = [sys.executable, "-c", script, str(point), "run", "attar.yaml", "--set", folder]
+        first = subprocess.run(command, cwd=job, env=environment, capture_output=True, check=False)
+        killed += first.returncode == -signal.SIGKILL
+        again = cli(job, "run", "attar.yaml", "--set", folder)
+        assert again.returncode == 0, again.stderr
+        found = files(job / f"killed-{point}")
+        assert found.keys() == expected.keys()
+        assert [n for n in found if found[n] != expected[n] and n != "recipe.resolved.yaml"] == []
+    assert killed >= 5
+
+
+def test_leak_is_refused_and_listed(job):
+    with (job / "pool.jsonl").open("a") as pool:
+        first = json.loads((job / "test.jsonl").read_text().splitlines()[0])["text"]
+        pool.write(json.dumps({"text": first.upper() + "!"}) + "\n")
+    with pytest.raises(PreflightRefused, match="leak: 1 test case"):
+        pipeline.run(load_recipe(job / "attar.yaml"))
+    assert cli(job, "run").returncode == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is no file"),
+        (b"", "holds no usable row"),
+        (b'{"text": "a"\n', "line 1: no JSON"),
+        ('{"text": "caf\xe9", "label": "alpha"}\n'.encode("latin1"), "is not UTF-8"),
+        (b'{"text": "a", "label": "gamma"}\n', "label 'gamma' is not in data.labels"),
+        (b'{"text": "a", "label": "alpha"}\n', "accuracy on one class"),
+        (b'{"words": "a", "label": "alpha"}\n', "'text' is None"),
+        (b'{"text": "a"}\n', "'label' is missing"),
+    ],
+)
+def test_a_bad_file_is_named_and_nothing_is_written(job, content, message):
+    path = job / "test.jsonl"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        pipeline.run(load_recipe(job / "attar.yaml"))
+    assert not (job / "runs/letters/data").exists()
+
+
+def test_bad_lines_can_be_skipped_and_are_counted(job):
+    with (job / "pool.jsonl").open("a") as pool:
+        pool.write("{oops\n")
+    recipe = load_recipe(job / "attar.yaml", ["data.on_bad_line=skip"])
+    pipeline.run(recipe, until="curate")
+    manifest = json.loads((recipe.folder / "manifest.json").read_text())
+    assert manifest["stages"]["curate"]["counts"]["dropped"] == {"malformed (pool)": 1}
+
+
+def test_a_teacher_that_is_no_model(job):
+    with pytest.raises(AttarError, match=r"teacher.model: nowhere is no file or folder"):
+        pipeline.run(load_recipe(job / "attar.yaml", ["teacher.model=hf:nowhere"]))
+
+
+@pytest.mark.parametrize("arguments", [["rnu"], ["run", "missing.yaml"], ["run", "--set", "trian.x=1"]])
+def test_a_wrong_call_exits_2_without_a_traceback(job, arguments):
+    done = cli(job, *arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_import_and_help_do_not_load_torch():
+    script = (
+        "import sys, attar\nfrom attar.cli import app, main\nverbs = [c.name for c in app.registered_commands]\n"
+        "for verb in ['', *verbs]:\n    sys.argv = ['attar', *verb.split(), '--help']\n"
+        "    try:\n        main()\n    except SystemExit as e:\n        assert not e.code, verb\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
