@@ -20,12 +20,19 @@ task: classify
 data: {labels: [alpha, beta], pool: pool.jsonl, test: test.jsonl}
 teacher: {model: "fakes:Keyword", prior: uniform, prompts: [{template: "{{ text }}"}]}
 curate: {val_size: 60}
+student: {form: ngrams, buckets: 256, width: 8, hidden: 8}
+train: {epochs: 2, evaluations: 4}
 """
 
 
 @pytest.fixture
 def job(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(HERE)
+    make_job(tmp_path)
+    return tmp_path
+
+
+def make_job(tmp_path):
     rng = random.Random(0)
     words = ["".join(rng.choices("abcxyz", k=6)) for _ in range(400)]
     words = list(dict.fromkeys(words))
@@ -33,7 +40,16 @@ def job(tmp_path, monkeypatch):
     test = [{"text": w, "label": "alpha" if i % 2 else "beta"} for i, w in enumerate(words[300:340])]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in test))
     (tmp_path / "attar.yaml").write_text(RECIPE)
-    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The files of a run that nobody disturbed."""
+    job = tmp_path_factory.mktemp("undisturbed")
+    make_job(job)
+    done = cli(job, "train")
+    assert done.returncode == 0, done.stderr
+    return files(job / "runs/letters")
 
 
 def cli(job, *arguments, **options):
@@ -52,42 +68,53 @@ def files(folder):
 
 def test_second_run_does_nothing_and_a_changed_value_reruns_what_depends_on_it(job):
     recipe = load_recipe(job / "attar.yaml")
-    pipeline.run(recipe)
-    assert all(not p.reasons for p in pipeline.plan(recipe))
+    pipeline.run(recipe, until="train")
+    assert all(not p.reasons for p in pipeline.plan(recipe, "train"))
     changed = load_recipe(job / "attar.yaml", ["teacher.prior={alpha: 0.9, beta: 0.1}"])
-    plans = {p.stage: p.reasons for p in pipeline.plan(changed)}
+    plans = {p.stage: p.reasons for p in pipeline.plan(changed, "train")}
     assert plans["curate"] == plans["score"] == ()
     assert any("teacher.prior" in reason for reason in plans["calibrate"])
+    assert plans["train"] == ("depends on calibrate",)
     before = np.load(recipe.folder / "signals/labels/val.npy")
-    pipeline.run(changed)
+    pipeline.run(changed, until="calibrate")
     after = np.load(recipe.folder / "signals/labels/val.npy")
     assert np.exp(after)[:, 0].mean() > np.exp(before)[:, 0].mean() + 0.1
 
 
-def test_killed_anywhere_ends_with_the_same_files(job):
-    recipe = load_recipe(job / "attar.yaml")
-    pipeline.run(recipe)
-    expected = files(recipe.folder)
-    # Kills itself at the n-th atomic write; n grows until a run gets through.
-    script = (
-        "import os, signal, sys\nfrom attar import workspace\nfrom attar.cli import main\n"
-        "left, real = [int(sys.argv.pop(1))], os.fsync\n"
-        "def fsync(fd):\n    left[0] -= 1\n    left[0] or os.kill(os.getpid(), signal.SIGKILL)\n    real(fd)\n"
-        "workspace.os.fsync = fsync\nmain()\n"
-    )
+KILLER = """
+import os, signal, sys
+from attar.cli import main
+kind, left = sys.argv.pop(1), [int(sys.argv.pop(1))]
+def count():
+    left[0] -= 1
+    left[0] or os.kill(os.getpid(), signal.SIGKILL)
+if kind == "write":
+    real = os.fsync
+    os.fsync = lambda fd: (count(), real(fd))[1]
+else:
+    import attar.train.trainer as t
+    step = t.Trainer.training_step
+    def training_step(self, *a, **k):
+        count()
+        return step(self, *a, **k)
+    t.Trainer.training_step = training_step
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "point"), [("write", n) for n in (3, 11, 17, 26, 35, 44, 53)] + [("step", n) for n in (2, 7, 13, 29)]
+)
+def test_killed_anywhere_ends_with_the_same_files(job, finished, kind, point):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
-    killed = 0
-    for point in (3, 9, 14, 20, 26, 31, 37, 44):
-        folder = f"run.folder=killed-{point}"
-        command = [sys.executable, "-c", script, str(point), "run", "attar.yaml", "--set", folder]
-        first = subprocess.run(command, cwd=job, env=environment, capture_output=True, check=False)
-        killed += first.returncode == -signal.SIGKILL
-        again = cli(job, "run", "attar.yaml", "--set", folder)
-        assert again.returncode == 0, again.stderr
-        found = files(job / f"killed-{point}")
-        assert found.keys() == expected.keys()
-        assert [n for n in found if found[n] != expected[n] and n != "recipe.resolved.yaml"] == []
-    assert killed >= 5
+    command = [sys.executable, "-c", KILLER, kind, str(point), "train", "attar.yaml"]
+    first = subprocess.run(command, cwd=job, env=environment, capture_output=True, text=True, check=False)
+    assert first.returncode == -signal.SIGKILL, first.stderr
+    again = cli(job, "train")
+    assert again.returncode == 0, again.stderr
+    found = files(job / "runs/letters")
+    assert found.keys() == finished.keys()
+    assert [n for n in found if found[n] != finished[n] and n != "recipe.resolved.yaml"] == []
 
 
 def test_leak_is_refused_and_listed(job):

@@ -8,7 +8,7 @@ from attar.signals.store import SignalStore
 
 def test_bias_reaches_the_prior():
     rng = np.random.default_rng(0)
-    logits = rng.normal(size=(500, 4)) + [2.0, 0.0, -1.0, 0.5]
+    logits = rng.normal(loc=[2.0, 0.0, -1.0, 0.5], size=(500, 4))
     log_probs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     prior = np.array([0.4, 0.3, 0.2, 0.1])
     shifted = log_probs + _bias_to_prior(log_probs, prior)
@@ -49,5 +49,5 @@ def test_store_finds_a_flipped_byte(tmp_path):
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(WorkspaceError, match="shard-00000.npy is damaged"):
+    with pytest.raises(WorkspaceError, match=r"shard-00000\.npy is damaged"):
         SignalStore(tmp_path / "s", {})

@@ -1,5 +1,4 @@
 import errno
-import json
 import os
 
 import pytest
@@ -32,7 +31,11 @@ def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
 
 
 def test_two_runs_in_one_folder(tmp_path):
-    with open_run(tmp_path, "r"), pytest.raises(WorkspaceError, match="another run is at work"), open_run(tmp_path, "r"):
+    with (
+        open_run(tmp_path, "r"),
+        pytest.raises(WorkspaceError, match="another run is at work"),
+        open_run(tmp_path, "r"),
+    ):
         pass
 
 

@@ -135,7 +135,11 @@ def _stage_command(stage: str | None, text: str) -> Callable[..., None]:
 
 app.command("run")(_stage_command(None, "Run the recipe; what is done already is not done again."))
 app.command("curate")(_stage_command("curate", "Run up to the splits: the user's files -> data/."))
-app.command("score")(_stage_command("calibrate", "Run up to the signals: the teacher's calibrated label distributions."))
+app.command("score")(
+    _stage_command("calibrate", "Run up to the signals: the teacher's calibrated label distributions.")
+)
+
+app.command("train")(_stage_command("train", "Run up to the trained models: student, control and baseline."))
 
 
 def _version(show: bool) -> None:

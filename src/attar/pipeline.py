@@ -55,6 +55,12 @@ def _calibrate(recipe: Recipe, run: Run) -> dict[str, Any]:
     return calibrate(recipe, run)
 
 
+def _train(recipe: Recipe, run: Run) -> dict[str, Any]:
+    from attar.train.stage import train
+
+    return train(recipe, run)
+
+
 _ASKED = ("data.labels", "teacher.prompts", "teacher.label_words", "teacher.length", "teacher.dtype")
 
 STAGES: tuple[Stage, ...] = (
@@ -73,6 +79,14 @@ STAGES: tuple[Stage, ...] = (
         ("data.labels", "teacher.calibration", "teacher.prior", "teacher.content_free"),
         ("curate", "score"),
         ("signals/labels",),
+        teacher=True,
+    ),
+    Stage(
+        "train",
+        _train,
+        ("data.labels", "student", "distill", "train", "evaluate.baseline", "run.device", "run.threads"),
+        ("curate", "calibrate"),
+        ("models", "work"),
         teacher=True,
     ),
 )

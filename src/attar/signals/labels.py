@@ -120,6 +120,8 @@ def _bias_to_prior(log_probs: Floats, prior: Floats, *, tolerance: float = 1e-9,
     Args:
         log_probs: [texts, labels], rows add up to 1.
         prior: [labels], adds up to 1.
+        tolerance: largest difference from the prior at which to stop.
+        rounds: most rounds.
     """
     bias = np.zeros(len(prior))
     for _ in range(rounds):

@@ -1,0 +1,107 @@
+"""Make the student that a recipe describes, untrained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from attar.engines.textclassifier import HuggingFaceClassifier, TextClassifier, TinyClassifier, TinyConfig, TinyNet
+from attar.errors import CapabilityError, ModelError
+from attar.recipe import Recipe
+
+__all__ = ["build_classifier", "reduce_rows"]
+
+
+def reduce_rows(table: Tensor, width: int) -> Tensor:
+    """The first ``width`` principal components of a table's rows, each row then scaled to the mean length 1.
+
+    Model2Vec (Minish Lab 2024) reduces token representations this way before it pools them.
+
+    Args:
+        table: [rows, dimensions].
+        width: at most dimensions.
+
+    Returns:
+        [rows, width], float32.
+    """
+    centred = (table - table.mean(0)).double()
+    values, vectors = torch.linalg.eigh(centred.T @ centred)
+    del values
+    # An eigenvector's sign is arbitrary; fixing it makes the same table give the same rows everywhere.
+    components = vectors.flip(1)[:, :width]
+    signs = components.gather(0, components.abs().argmax(0, keepdim=True)).sign()
+    reduced = centred @ (components * signs)
+    return (reduced / reduced.norm(dim=1).mean()).float()
+
+
+def _teacher_table(recipe: Recipe) -> tuple[Tensor, Tokenizer]:
+    """The teacher's token embeddings [vocabulary, width], and its tokenizer."""
+    from attar.engines.load import load_teacher
+    from attar.engines.local import LocalEngine
+
+    engine = load_teacher(recipe)
+    if not isinstance(engine, LocalEngine):
+        raise CapabilityError(
+            f"student.form: embeddings starts from the teacher's weights, and {recipe.teacher.model} shows none; "
+            "set student.form: ngrams"
+        )
+    backend = getattr(engine.tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelError(f"the tokenizer of {recipe.teacher.model} is not a fast one; set student.form: ngrams")
+    return engine.model.get_input_embeddings().weight.detach().float().cpu(), backend
+
+
+class _Builder:
+    """Keeps what is the same for every seed."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._start: tuple[Tensor, Tokenizer] | None = None
+
+    def __call__(self, seed: int) -> TextClassifier:
+        recipe, student = self._recipe, self._recipe.student
+        torch.manual_seed(seed)
+        if student.model != "tiny":
+            name = student.model.removeprefix("hf:")
+            path = Path(name).expanduser()
+            return HuggingFaceClassifier.from_pretrained(
+                str(path) if path.exists() else name, recipe.data.labels, student.max_tokens
+            )
+        tokenizer = None
+        rows = student.buckets
+        if student.form == "embeddings":
+            if self._start is None:
+                table, tokenizer = _teacher_table(recipe)
+                if student.width > table.shape[1]:
+                    raise CapabilityError(
+                        f"student.width: {student.width} is more than the teacher's {table.shape[1]} dimensions"
+                    )
+                self._start = reduce_rows(table, student.width), tokenizer
+            table, tokenizer = self._start
+            rows = len(table)
+        config = TinyConfig(
+            form=student.form,
+            labels=recipe.data.labels,
+            rows=rows,
+            width=student.width,
+            hidden=student.hidden,
+            dropout=student.dropout,
+            max_tokens=student.max_tokens,
+        )
+        module = TinyNet(config)
+        if self._start is not None:
+            module.table.weight.data.copy_(self._start[0])
+        return TinyClassifier(config, module, tokenizer)
+
+
+def build_classifier(recipe: Recipe) -> _Builder:
+    """A function of the seed that makes the student; the teacher is loaded at most once.
+
+    Raises (when called):
+        CapabilityError: the student needs the teacher's weights, and the teacher shows none.
+        ModelError: there is no such student model.
+    """
+    return _Builder(recipe)
