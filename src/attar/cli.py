@@ -7,12 +7,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from attar import __version__
 from attar.errors import AttarError, Interrupted
+
+if TYPE_CHECKING:
+    from attar.recipe import Recipe
 
 # What a wrong call raises: the common base of typer's own errors.
 _ClickError: Any = typer.BadParameter.__mro__[2]
@@ -25,6 +28,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+EXIT_REFUSED = 3
+EXIT_HOLD = 4
 
 RecipeArgument = Annotated[Path, typer.Argument(help="The recipe file.", show_default=True)]
 SetOption = Annotated[
@@ -100,10 +106,7 @@ def _bar(name: str, total: int) -> Iterator[Any]:
         yield Bar()
 
 
-def _run(recipe_path: Path, overrides: list[str] | None, as_json: bool, dry_run: bool, until: str | None) -> None:
-    from attar.recipe import load_recipe
-
-    recipe = load_recipe(recipe_path, overrides or ())
+def _run(recipe: Recipe, as_json: bool, dry_run: bool, until: str | None) -> None:
     from attar import pipeline
 
     if dry_run:
@@ -114,10 +117,20 @@ def _run(recipe_path: Path, overrides: list[str] | None, as_json: bool, dry_run:
             print(f"{item.stage}: {'; '.join(item.reasons) or 'done, nothing to do'}")
         return
     folder = pipeline.run(recipe, until=until, progress=_Terminal())
-    if as_json:
+    ship = True
+    if until is None:
+        content = json.loads((folder / "report" / "report.json").read_text("utf-8"))
+        ship = content["verdict"] == "ship"
+        if as_json:
+            print(json.dumps({"folder": str(folder), "report": content}))
+        else:
+            _print_verdict(folder)
+    elif as_json:
         print(json.dumps({"folder": str(folder)}))
     else:
         print(f"run folder: {folder}")
+    if not ship:
+        raise typer.Exit(EXIT_HOLD)
 
 
 def _stage_command(stage: str | None, text: str) -> Callable[..., None]:
@@ -127,7 +140,9 @@ def _stage_command(stage: str | None, text: str) -> Callable[..., None]:
         as_json: JsonOption = False,
         dry_run: DryOption = False,
     ) -> None:
-        _run(recipe, overrides, as_json, dry_run, stage)
+        from attar.recipe import load_recipe
+
+        _run(load_recipe(recipe, overrides or ()), as_json, dry_run, stage)
 
     command.__doc__ = text
     return command
@@ -140,6 +155,87 @@ app.command("score")(
 )
 
 app.command("train")(_stage_command("train", "Run up to the trained models: student, control and baseline."))
+
+app.command("export")(
+    _stage_command("export", "Run up to the student as it is served, checked against what was trained.")
+)
+app.command("evaluate")(_stage_command("evaluate", "Run up to the comparison of all arms on the test cases."))
+
+
+@app.command("report")
+def _report(
+    folder: Annotated[Path, typer.Argument(help="The run folder, or the recipe file.")] = Path("attar.yaml"),
+    as_json: JsonOption = False,
+) -> None:
+    """Open the evidence of a finished run in the browser, or print its path where there is none."""
+    from attar.errors import UsageError
+
+    if folder.is_file():
+        from attar.recipe import load_recipe
+
+        folder = load_recipe(folder).folder
+    page, content = folder / "report" / "report.html", folder / "report" / "report.json"
+    if not page.is_file():
+        raise UsageError(f"{folder} holds no report yet; `attar run` makes it")
+    if as_json:
+        print(content.read_text("utf-8"), end="")
+        return
+    _print_verdict(folder)
+    if sys.stdout.isatty():
+        typer.launch(str(page))
+
+
+def _print_verdict(folder: Path) -> None:
+    """Print the decision, its reasons, and where the evidence is."""
+    result = json.loads((folder / "report" / "report.json").read_text("utf-8"))
+    print(f"verdict: {result['verdict'].upper()}")
+    for reason in result["reasons"]:
+        print(f"  {reason}")
+    print(f"report: {folder / 'report' / 'report.html'}")
+
+
+@app.command("demo")
+def _demo(
+    folder: Annotated[Path, typer.Argument(help="Where the run goes.")] = Path("runs/router"),
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    dry_run: DryOption = False,
+) -> None:
+    """Run the main job on real weights: distil an agent's tool-routing decisions, and print the verdict."""
+    from attar.demo import demo_recipe
+
+    _run(demo_recipe(folder, overrides or [], _Terminal()), as_json, dry_run, None)
+
+
+@app.command("init")
+def _init(
+    folder: Annotated[Path, typer.Argument(help="The folder to make.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Write a commented recipe for your own task."""
+    from attar.template import write_template
+
+    path = write_template(folder)
+    print(json.dumps({"recipe": str(path)}) if as_json else f"wrote {path}; edit it, then: attar check {path}")
+
+
+@app.command("check")
+def _check(
+    recipe: RecipeArgument = Path("attar.yaml"), overrides: SetOption = None, as_json: JsonOption = False
+) -> None:
+    """Say what can be known before time is spent; exit 3 on a refusal."""
+    from attar.preflight import check
+    from attar.recipe import load_recipe
+
+    findings = check(load_recipe(recipe, overrides or ()))
+    refused = [finding for finding in findings if finding.level == "refuse"]
+    if as_json:
+        print(json.dumps({"findings": [vars(finding) for finding in findings], "refused": bool(refused)}))
+    else:
+        for finding in findings:
+            print(f"{finding.level:>6}  {finding.message}")
+    if refused:
+        raise typer.Exit(EXIT_REFUSED)
 
 
 def _version(show: bool) -> None:

@@ -61,6 +61,24 @@ def _train(recipe: Recipe, run: Run) -> dict[str, Any]:
     return train(recipe, run)
 
 
+def _export(recipe: Recipe, run: Run) -> dict[str, Any]:
+    from attar.students.export import export
+
+    return export(recipe, run)
+
+
+def _evaluate(recipe: Recipe, run: Run) -> dict[str, Any]:
+    from attar.evaluate.stage import evaluate
+
+    return evaluate(recipe, run)
+
+
+def _report(recipe: Recipe, run: Run) -> dict[str, Any]:
+    from attar.evaluate.report import report
+
+    return report(recipe, run)
+
+
 _ASKED = ("data.labels", "teacher.prompts", "teacher.label_words", "teacher.length", "teacher.dtype")
 
 STAGES: tuple[Stage, ...] = (
@@ -89,6 +107,29 @@ STAGES: tuple[Stage, ...] = (
         ("models", "work"),
         teacher=True,
     ),
+    Stage("export", _export, ("export", "train.seeds"), ("curate", "train"), ("export",)),
+    Stage(
+        "evaluate",
+        _evaluate,
+        (
+            "name",
+            "task",
+            "data.labels",
+            "data.licence",
+            "teacher",
+            "student.model",
+            "distill",
+            "train.seeds",
+            "evaluate",
+            "run.seed",
+            "run.device",
+            "run.threads",
+        ),
+        ("curate", "score", "calibrate", "train", "export"),
+        ("evaluate",),
+        teacher=True,
+    ),
+    Stage("report", _report, (), ("evaluate",), ("report",)),
 )
 
 

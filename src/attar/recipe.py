@@ -92,10 +92,12 @@ class Student(_Part):
     model: str = "tiny"
     """`tiny`, or `hf:FOLDER-or-NAME` of a sequence classifier"""
     form: Literal["embeddings", "ngrams"] = "embeddings"
-    """of a tiny student: start from the teacher's token embeddings, or from hashed n-grams (no white-box teacher)"""
-    width: Positive = 64
+    """of a tiny student: the teacher's token embeddings and hashed n-grams, or n-grams alone (any teacher)"""
+    width: Positive = 48
     hidden: Positive = 256
     dropout: Share = 0.3
+    token_dropout: Share = 0.3
+    """share of a text's features that a training step does not see"""
     buckets: Positive = 16384
     """rows of the hashed n-gram table"""
     max_tokens: Positive = 64
@@ -119,9 +121,9 @@ class Objective(_Part):
 
     @model_validator(mode="after")
     def _fitting(self) -> Objective:
-        if self.kind == "logit" and "labels" in self.model_fields_set:
+        if self.kind == "logit" and self.labels != "teacher":
             raise ValueError("labels belongs to kind: response; a logit objective takes the teacher's distribution")
-        if self.kind == "response" and "temperature" in self.model_fields_set:
+        if self.kind == "response" and self.temperature != 1.0:
             raise ValueError("temperature belongs to kind: logit; hard labels have none")
         return self
 
@@ -135,8 +137,8 @@ class Distill(_Part):
 class Train(_Part):
     """How it learns; passed to `transformers.TrainingArguments`."""
 
-    epochs: float = Field(default=40, gt=0, strict=False)
-    learning_rate: float = Field(default=2e-3, gt=0, strict=False)
+    epochs: float = Field(default=20, gt=0, strict=False)
+    learning_rate: float = Field(default=5e-3, gt=0, strict=False)
     batch_size: Positive = 32
     gradient_accumulation_steps: Positive = 1
     weight_decay: float = Field(default=0.01, ge=0, strict=False)

@@ -23,15 +23,23 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from attar.errors import ModelError
 
 __all__ = [
+    "CONFIG_FILE",
+    "Encoded",
     "HuggingFaceClassifier",
     "TextClassifier",
     "TinyClassifier",
     "TinyConfig",
     "TinyNet",
+    "load_text_classifier",
+    "log_probs",
     "ngram_ids",
 ]
 
 CONFIG_FILE = "attar.json"
+
+
+Encoded = tuple[list[int], ...]
+"""the ids of one text, one list for each table that the network looks them up in"""
 
 
 class TextClassifier(Protocol):
@@ -40,11 +48,11 @@ class TextClassifier(Protocol):
     labels: tuple[str, ...]
     module: nn.Module
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of one text, at least one."""
+    def encode(self, text: str) -> Encoded:
+        """Ids of one text, at least one in each list."""
 
-    def collate(self, rows: Sequence[list[int]]) -> dict[str, Tensor]:
-        """Padded ``input_ids`` and ``attention_mask`` [rows, tokens]."""
+    def collate(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+        """The module's input for some texts, padded."""
 
     def save(self, folder: Path, dtype: torch.dtype) -> None:
         """Write everything that serving needs into an existing folder, floating-point weights as ``dtype``."""
@@ -62,12 +70,11 @@ def log_probs(classifier: TextClassifier, texts: Sequence[str], batch_size: int 
     return np.concatenate(tables)
 
 
-def _pad(rows: Sequence[list[int]], padding: int) -> dict[str, Tensor]:
+def _pad(rows: Sequence[list[int]], padding: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask, [rows, longest]."""
     width = max(map(len, rows))
-    return {
-        "input_ids": torch.tensor([row + [padding] * (width - len(row)) for row in rows]),
-        "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
-    }
+    ids = torch.tensor([row + [padding] * (width - len(row)) for row in rows])
+    return ids, torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
 
 
 @dataclass(frozen=True)
@@ -76,37 +83,61 @@ class TinyConfig:
 
     form: Literal["embeddings", "ngrams"]
     labels: tuple[str, ...]
-    rows: int
-    """of the table: the tokenizer's vocabulary, or the buckets"""
+    tokens: int
+    """rows of the token table: the tokenizer's vocabulary; 0 for the form ``ngrams``"""
+    buckets: int
+    """rows of the hashed n-gram table"""
     width: int
     hidden: int
     dropout: float
+    token_dropout: float
     max_tokens: int
 
 
+class _Bag(nn.Module):
+    """A mean of table rows, weighted by a learned importance of each row."""
+
+    def __init__(self, rows: int, width: int, token_dropout: float) -> None:
+        super().__init__()
+        self.table = nn.Embedding(rows, width)
+        nn.init.normal_(self.table.weight, std=0.3)
+        self.importance = nn.Embedding(rows, 1)
+        nn.init.zeros_(self.importance.weight)
+        self._token_dropout = token_dropout
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """[texts, width] from ids and mask [texts, ids]."""
+        visible = mask != 0
+        if self.training and self._token_dropout:
+            kept = visible & (torch.rand(ids.shape, device=ids.device) >= self._token_dropout)
+            visible = torch.where(kept.any(1, keepdim=True), kept, visible)
+        importance = self.importance(ids).squeeze(-1).masked_fill(~visible, float("-inf"))
+        pooled: Tensor = (importance.softmax(-1)[:, :, None] * self.table(ids)).sum(1)
+        return pooled
+
+
 class TinyNet(nn.Module):
-    """A weighted mean of table rows, then one hidden layer."""
+    """Bags of tokens and of hashed n-grams, side by side, then one hidden layer."""
 
     def __init__(self, config: TinyConfig) -> None:
         super().__init__()
-        self.table = nn.Embedding(config.rows, config.width)
-        self.importance = nn.Embedding(config.rows, 1)
-        nn.init.zeros_(self.importance.weight)
+        self.bags = nn.ModuleDict({"ngrams": _Bag(config.buckets, config.width, config.token_dropout)})
+        if config.form == "embeddings":
+            self.bags["tokens"] = _Bag(config.tokens, config.width, config.token_dropout)
+        width = config.width * len(self.bags)
         self.head = nn.Sequential(
-            nn.LayerNorm(config.width),
+            nn.LayerNorm(width),
             nn.Dropout(config.dropout),
-            nn.Linear(config.width, config.hidden),
+            nn.Linear(width, config.hidden),
             nn.GELU(),
             nn.Dropout(config.dropout),
             nn.Linear(config.hidden, len(config.labels)),
         )
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SequenceClassifierOutput:
-        """Logits [texts, labels] from ids and mask [texts, tokens]."""
-        importance = self.importance(input_ids).squeeze(-1).masked_fill(attention_mask == 0, float("-inf"))
-        weights = importance.softmax(-1)
-        pooled = (weights[:, :, None] * self.table(input_ids)).sum(1)
-        return SequenceClassifierOutput(logits=self.head(pooled))
+    def forward(self, **inputs: Tensor) -> SequenceClassifierOutput:
+        """Logits [texts, labels] from ``<bag>_ids`` and ``<bag>_mask`` [texts, ids] of each bag."""
+        pooled = [bag(inputs[f"{name}_ids"], inputs[f"{name}_mask"]) for name, bag in self.bags.items()]
+        return SequenceClassifierOutput(logits=self.head(torch.cat(pooled, -1)))
 
 
 def ngram_ids(text: str, buckets: int) -> list[int]:
@@ -119,8 +150,12 @@ def ngram_ids(text: str, buckets: int) -> list[int]:
     return [zlib.crc32(gram.encode()) % buckets for gram in grams]
 
 
+# N-grams a token, at most, when a text is cut to the longest input.
+_NGRAMS_PER_TOKEN = 16
+
+
 class TinyClassifier:
-    """A :class:`TinyNet` with its features: a tokenizer's ids, or hashed n-grams."""
+    """A :class:`TinyNet` with its features."""
 
     def __init__(self, config: TinyConfig, module: TinyNet, tokenizer: Tokenizer | None) -> None:
         self.config = config
@@ -128,17 +163,21 @@ class TinyClassifier:
         self.module = module
         self._tokenizer = tokenizer
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of one text; an empty one gets id 0."""
+    def encode(self, text: str) -> Encoded:
+        """N-gram ids and, for the form ``embeddings``, token ids; an empty text gets id 0."""
+        grams = ngram_ids(text, self.config.buckets)[: _NGRAMS_PER_TOKEN * self.config.max_tokens] or [0]
         if self._tokenizer is None:
-            return ngram_ids(text, self.config.rows)[: 8 * self.config.max_tokens] or [0]
+            return (grams,)
         # After a space, so that the first word is the same token as in the middle of a sentence.
         ids: list[int] = self._tokenizer.encode(" " + text.lower(), add_special_tokens=False).ids
-        return ids[: self.config.max_tokens] or [0]
+        return grams, ids[: self.config.max_tokens] or [0]
 
-    def collate(self, rows: Sequence[list[int]]) -> dict[str, Tensor]:
+    def collate(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         """Pad with id 0, which the mask hides."""
-        return _pad(rows, 0)
+        batch = {}
+        for name, lists in zip(self.module.bags, zip(*rows, strict=True), strict=True):
+            batch[f"{name}_ids"], batch[f"{name}_mask"] = _pad(lists, 0)
+        return batch
 
     def save(self, folder: Path, dtype: torch.dtype) -> None:
         """Write weights, configuration and tokenizer."""
@@ -170,14 +209,14 @@ class HuggingFaceClassifier:
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> Encoded:
         """Ids with the tokenizer's own special tokens, cut at the longest input."""
-        ids: list[int] = self._tokenizer(text, truncation=True, max_length=self._max_tokens).input_ids
-        return ids
+        return (self._tokenizer(text, truncation=True, max_length=self._max_tokens).input_ids,)
 
-    def collate(self, rows: Sequence[list[int]]) -> dict[str, Tensor]:
+    def collate(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         """Pad on the right with the tokenizer's padding token."""
-        return _pad(rows, self._tokenizer.pad_token_id)
+        ids, mask = _pad([row[0] for row in rows], self._tokenizer.pad_token_id)
+        return {"input_ids": ids, "attention_mask": mask}
 
     def save(self, folder: Path, dtype: torch.dtype) -> None:
         """Write a folder that transformers loads as well."""

@@ -7,13 +7,16 @@ writes numbers the way people read them, and says in words what an interval or a
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from attar.evaluate import plots
 from attar.evaluate.plots import percent, usd
+from attar.recipe import Recipe
+from attar.workspace import Run, write_atomic, write_json
 
-__all__ = ["render_html", "summary"]
+__all__ = ["render_html", "report", "summary"]
 
 MISSING = "–"
 _NBSP = "\u00a0"
@@ -239,3 +242,12 @@ def _big(count: float) -> str:
         if count >= bound:
             return f"{count / bound:.3g}{_NBSP}{unit}"
     return f"{count:,.0f}"
+
+
+def report(recipe: Recipe, run: Run) -> dict[str, Any]:
+    """evaluate/evaluation.json -> report/report.html and report/report.json."""
+    del recipe
+    evaluation = json.loads(run.path("evaluate", "evaluation.json").read_text("utf-8"))
+    write_json(run.path("report", "report.json"), summary(evaluation))
+    write_atomic(run.path("report", "report.html"), render_html(evaluation).encode())
+    return {"verdict": evaluation["verdict"]}

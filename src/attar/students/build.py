@@ -71,7 +71,7 @@ class _Builder:
                 str(path) if path.exists() else name, recipe.data.labels, student.max_tokens
             )
         tokenizer = None
-        rows = student.buckets
+        tokens = 0
         if student.form == "embeddings":
             if self._start is None:
                 table, tokenizer = _teacher_table(recipe)
@@ -81,19 +81,21 @@ class _Builder:
                     )
                 self._start = reduce_rows(table, student.width), tokenizer
             table, tokenizer = self._start
-            rows = len(table)
+            tokens = len(table)
         config = TinyConfig(
             form=student.form,
             labels=recipe.data.labels,
-            rows=rows,
+            tokens=tokens,
+            buckets=student.buckets,
             width=student.width,
             hidden=student.hidden,
             dropout=student.dropout,
+            token_dropout=student.token_dropout,
             max_tokens=student.max_tokens,
         )
         module = TinyNet(config)
         if self._start is not None:
-            module.table.weight.data.copy_(self._start[0])
+            module.bags["tokens"].table.weight.data.copy_(self._start[0])
         return TinyClassifier(config, module, tokenizer)
 
 

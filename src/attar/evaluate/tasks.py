@@ -1,0 +1,79 @@
+"""How an arm is asked, and loading it as it is served."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
+
+from attar.data.types import Part
+from attar.engines.base import Engine
+from attar.engines.classifier import load_classifier
+from attar.engines.load import load_teacher
+from attar.recipe import Recipe
+from attar.signals.labels import Calibration, LabelQuestion
+
+__all__ = ["Arm", "fit_temperature", "open_arm"]
+
+Floats = npt.NDArray[np.float64]
+
+
+class Arm(Protocol):
+    """One model under evaluation."""
+
+    engine: Engine
+
+    def answer(self, texts: Sequence[str]) -> tuple[Floats, int]:
+        """Log-probabilities [texts, labels], and the prompt tokens that were read."""
+
+
+class _TeacherArm:
+    def __init__(self, recipe: Recipe, calibration: Calibration) -> None:
+        self.engine = load_teacher(recipe)
+        self._question = LabelQuestion(recipe)
+        self._calibration = calibration
+
+    def answer(self, texts: Sequence[str]) -> tuple[Floats, int]:
+        raw, tokens = self._question.ask(self.engine, texts)
+        return self._calibration.apply(raw), tokens
+
+
+class _ClassifierArm:
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.engine: Engine = load_classifier(folder)
+        self._labels = recipe.data.labels
+
+    def answer(self, texts: Sequence[str]) -> tuple[Floats, int]:
+        scores = self.engine.score([(Part(text, trusted=False),) for text in texts], self._labels)
+        return scores.log_probs.astype(np.float64), int(scores.prompt_tokens.sum())
+
+
+def open_arm(recipe: Recipe, folder: Path | None, calibration: dict[str, Any]) -> Arm:
+    """Load an arm: a trained classifier from its folder, or the teacher (``folder`` None) with its calibration."""
+    if folder is not None:
+        return _ClassifierArm(recipe, folder)
+    return _TeacherArm(recipe, Calibration.from_json(calibration))
+
+
+def fit_temperature(log_probs: Floats, gold: npt.NDArray[np.int64]) -> float:
+    """The temperature that makes labelled cases most likely (Guo et al. 2017, arXiv:1706.04599, section 4.2).
+
+    Args:
+        log_probs: [cases, labels].
+        gold: [cases], label numbers.
+
+    Returns:
+        A temperature between 1/20 and 20; answers do not change with it, confidences do.
+    """
+
+    def loss(log_temperature: float) -> float:
+        scaled = log_softmax(log_probs / np.exp(log_temperature), axis=-1)
+        return float(-scaled[np.arange(len(gold)), gold].mean())
+
+    found = minimize_scalar(loss, bounds=(-np.log(20), np.log(20)), method="bounded")
+    return float(np.exp(found.x))

@@ -1,0 +1,136 @@
+"""What can be known before time is spent (`attar check`)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from attar.collect.curate import read_sources, refuse_leaks
+from attar.data.types import Example
+from attar.engines.load import teacher_files
+from attar.errors import AttarError
+from attar.recipe import Recipe
+from attar.signals.labels import LabelQuestion
+from attar.tokens import encode_plain, encode_prompt
+
+__all__ = ["Finding", "check"]
+
+# A verdict on fewer cases has an interval too wide for the default thresholds.
+_FEW_CASES = 100
+# Forward passes of a 135M-parameter model on two cores reach about 450 tokens a second, and time goes with size.
+_TOKENS_TIMES_PARAMETERS_PER_S = 450 * 135e6
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was found; ``refuse`` stops a run, ``warn`` asks for a look."""
+
+    level: Literal["ok", "warn", "refuse"]
+    message: str
+
+
+def check(recipe: Recipe) -> list[Finding]:
+    """Look at files, labels, prompts, the teacher's limits, and what the run will take; loads no weights."""
+    findings: list[Finding] = []
+    try:
+        sources, dropped = read_sources(recipe)
+        findings += _data(recipe, sources, dropped)
+        refuse_leaks(sources)
+    except AttarError as error:
+        return [*findings, Finding("refuse", str(error))]
+    try:
+        place = teacher_files(recipe)
+        findings += _teacher(recipe, place, sources)
+    except AttarError as error:
+        findings.append(Finding("refuse", str(error)))
+    return findings
+
+
+def _data(recipe: Recipe, sources: dict[str, list[Example]], dropped: Counter[str]) -> Iterator[Finding]:
+    counts = {split: len(examples) for split, examples in sources.items() if examples}
+    yield Finding("ok", "rows: " + ", ".join(f"{split} {n}" for split, n in counts.items()))
+    for reason, n in dropped.items():
+        yield Finding("warn", f"{n} row(s) skipped: {reason}")
+    if counts["pool"] < 2 * recipe.curate.val_size:
+        yield Finding(
+            "refuse", f"data.pool has {counts['pool']} rows, too few for curate.val_size {recipe.curate.val_size}"
+        )
+    if counts["test"] < _FEW_CASES:
+        yield Finding("warn", f"data.test has {counts['test']} cases; under {_FEW_CASES} the intervals are wide")
+    for split in ("dev", "calibration", "test"):
+        labels = Counter(example.label for example in sources[split])
+        if not labels:
+            yield Finding("warn", f"data.{split} is not set")
+            continue
+        missing = [label for label in recipe.data.labels if label not in labels]
+        if missing:
+            yield Finding("warn", f"data.{split} has no example of {', '.join(missing)}")
+        most, least = max(labels.values()), min(labels.values())
+        if most > 5 * least:
+            yield Finding("warn", f"data.{split} is unbalanced: {dict(labels.most_common())}")
+    gold = sum(example.label is not None for example in sources["pool"])
+    wants_gold = any(o.kind == "response" and o.labels == "gold" for o in recipe.distill.objectives)
+    if wants_gold and not gold:
+        yield Finding("refuse", "an objective learns gold labels, and no row of data.pool has one")
+    if gold and not wants_gold:
+        yield Finding("warn", f"{gold} rows of data.pool have gold labels that no objective uses")
+
+
+def _teacher(recipe: Recipe, place: Path, sources: dict[str, list[Example]]) -> Iterator[Finding]:
+    config_file = place / "config.json"
+    if not config_file.is_file():
+        yield Finding("ok", f"teacher.model: {place} (its prompts' lengths are known only once it is loaded)")
+        return
+    from transformers import AutoTokenizer
+
+    config: dict[str, Any] = json.loads(config_file.read_text("utf-8"))
+    tokenizer = AutoTokenizer.from_pretrained(str(place))
+    question = LabelQuestion(recipe)
+    longest = max((e.text for examples in sources.values() for e in examples), key=len)
+    limit = config.get("max_position_embeddings")
+    for number, prompt in enumerate(question.prompts(longest)):
+        length = len(encode_prompt(tokenizer, prompt))
+        over = limit is not None and length > limit
+        yield Finding(
+            "refuse" if over else "ok",
+            f"prompt {number}: {length} tokens with the longest request, the teacher reads {limit or 'unknown'}",
+        )
+    first: dict[int, list[str]] = {}
+    for label, word in question.words.items():
+        first.setdefault(encode_plain(tokenizer, " " + word)[0], []).append(label)
+    for labels in first.values():
+        if len(labels) > 1:
+            yield Finding("warn", f"labels that share a first token, told apart by later ones: {', '.join(labels)}")
+    yield from _cost(recipe, place, config, tokenizer, sources)
+
+
+def _cost(
+    recipe: Recipe, place: Path, config: dict[str, Any], tokenizer: Any, sources: dict[str, list[Example]]
+) -> Iterator[Finding]:
+    weights = sum(path.stat().st_size for path in place.glob("*.safetensors")) or 4 * 10**8
+    width = {"float16": 2, "bfloat16": 2}.get(config.get("dtype") or config.get("torch_dtype") or "", 4)
+    parameters = weights / width
+    sample = [example.text for example in sources["pool"][:200]]
+    # What a prompt holds after its request is computed with each request as well.
+    tail = 6
+    tokens = float(np.mean([len(encode_plain(tokenizer, text)) for text in sample])) + tail
+    asked = sum(map(len, sources.values())) - len(sources["dev"])
+    seconds = asked * tokens * len(recipe.teacher.prompts) * parameters / _TOKENS_TIMES_PARAMETERS_PER_S
+    yield Finding("ok", f"about {seconds / 60:.0f} min of the teacher's time on two CPU cores ({asked} requests)")
+    yield Finding("ok", f"about {weights * 1.6 / 1e9 + 0.6:.1f} GB of memory")
+    free = shutil.disk_usage(_existing(recipe.folder)).free
+    needed = 200e6 * len(recipe.train.seeds)
+    yield Finding("refuse" if free < needed else "ok", f"about {needed / 1e6:.0f} MB of disk, {free / 1e9:.0f} GB free")
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
