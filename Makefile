@@ -1,10 +1,35 @@
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: test
+
+.PHONY: demo test lint types docs bench
+# A CPU build of torch comes first, by its exact pin, so that nothing below pulls in a CUDA one.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt -e .
+	touch $@
+
+.venv/dev-ready: .venv/ready
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
-test: .venv/ready
+
+demo: .venv/ready
+	$(BIN)/attar demo
+
+test: .venv/dev-ready lint types
 	$(BIN)/pytest
+
+lint: .venv/dev-ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: .venv/dev-ready
+	$(BIN)/mypy
+
+docs: .venv/dev-ready
+	$(BIN)/python docs/generate_cli.py
+
+bench: .venv/dev-ready
+	$(BIN)/python benchmarks/label_throughput.py
+	$(BIN)/python benchmarks/router.py

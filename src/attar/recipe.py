@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -223,15 +223,13 @@ class Recipe(_Part):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         labels = set(self.data.labels)
-        named = {
+        named: dict[str, Iterable[str]] = {
             "teacher.label_words": self.teacher.label_words,
             "teacher.prior": self.teacher.prior if isinstance(self.teacher.prior, dict) else {},
-            "teacher.prompts.examples": {
-                shot.label: None for prompt in self.teacher.prompts for shot in prompt.examples
-            },
+            "teacher.prompts.examples": [shot.label for prompt in self.teacher.prompts for shot in prompt.examples],
         }
-        for key, mapping in named.items():
-            for label in mapping:
+        for key, mentioned in named.items():
+            for label in mentioned:
                 if label not in labels:
                     raise ValueError(f"{key}: {label!r} is not in data.labels{nearest(label, self.data.labels)}")
         if isinstance(self.teacher.prior, dict):

@@ -179,7 +179,7 @@ class Run:
     def begin(self, stage: str, fingerprint: Mapping[str, Any], folders: Iterable[str]) -> bool:
         """Prepare a stage's folders; True if it goes on with work that was cut off under the same fingerprint."""
         value = digest(fingerprint)
-        resumed = self._manifest["begun"].get(stage) == value
+        resumed: bool = self._manifest["begun"].get(stage) == value
         if not resumed:
             self.stages.pop(stage, None)
             # First forget, then delete: a kill in between leaves files that nothing believes in.

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.utils import logging
 
 from attar.data.types import Part, Prompt
 from attar.engines.base import Capability, Completion, Scores
@@ -66,6 +67,7 @@ def load_local(model: str, *, dtype: str = "auto", device: torch.device, tokens_
         source, options = str(path.parent), {"gguf_file": path.name}
     else:
         source, options = str(path) if path.exists() else name, {}
+    logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         loaded = AutoModelForCausalLM.from_pretrained(

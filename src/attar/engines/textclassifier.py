@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -45,8 +45,13 @@ Encoded = tuple[list[int], ...]
 class TextClassifier(Protocol):
     """What training, export and serving need of a classifier."""
 
-    labels: tuple[str, ...]
-    module: nn.Module
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What it answers with."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The network."""
 
     def encode(self, text: str) -> Encoded:
         """Ids of one text, at least one in each list."""
@@ -133,6 +138,10 @@ class TinyNet(nn.Module):
             nn.Dropout(config.dropout),
             nn.Linear(config.hidden, len(config.labels)),
         )
+
+    def start_tokens_from(self, rows: Tensor) -> None:
+        """Put these rows [tokens, width] into the token table."""
+        self.bags["tokens"].get_submodule("table").get_parameter("weight").data.copy_(rows)
 
     def forward(self, **inputs: Tensor) -> SequenceClassifierOutput:
         """Logits [texts, labels] from ``<bag>_ids`` and ``<bag>_mask`` [texts, ids] of each bag."""
@@ -273,7 +282,10 @@ def load_text_classifier(folder: Path) -> TextClassifier:
     if not about.is_file():
         raise ModelError(f"{folder} holds no trained classifier ({CONFIG_FILE} is missing)")
     kind = json.loads(about.read_text("utf-8"))["kind"]
-    loaders = {"tiny": TinyClassifier.load, "hf": HuggingFaceClassifier.load}
+    loaders: dict[str, Callable[[Path], TextClassifier]] = {
+        "tiny": TinyClassifier.load,
+        "hf": HuggingFaceClassifier.load,
+    }
     if kind not in loaders:
         raise ModelError(f"{about}: kind {kind!r} is unknown; this attar loads {', '.join(loaders)}")
     return loaders[kind](folder)

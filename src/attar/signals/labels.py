@@ -62,7 +62,7 @@ class LabelQuestion:
             scores = engine.score([prompts[number] for prompts in rendered], list(self.words.values()))
             table = scores.log_probs
             if self.recipe.teacher.length == "mean":
-                table = table / scores.tokens.astype(np.float32)
+                table = (table / scores.tokens).astype(np.float32)
             if not np.isfinite(table).all():
                 raise RunError(f"the teacher's score of a label is not a number under prompt {number}")
             tables.append(table)
@@ -129,7 +129,8 @@ def _bias_to_prior(log_probs: Floats, prior: Floats, *, tolerance: float = 1e-9,
         bias += np.log(prior) - np.log(shares)
         if np.abs(shares - prior).max() < tolerance:
             break
-    return bias - bias.mean()
+    centred: Floats = bias - bias.mean()
+    return centred
 
 
 def fit_calibration(

@@ -34,7 +34,8 @@ def reduce_rows(table: Tensor, width: int) -> Tensor:
     components = vectors.flip(1)[:, :width]
     signs = components.gather(0, components.abs().argmax(0, keepdim=True)).sign()
     reduced = centred @ (components * signs)
-    return (reduced / reduced.norm(dim=1).mean()).float()
+    rows: Tensor = (reduced / reduced.norm(dim=1).mean()).float()
+    return rows
 
 
 def _teacher_table(recipe: Recipe) -> tuple[Tensor, Tokenizer]:
@@ -95,7 +96,7 @@ class _Builder:
         )
         module = TinyNet(config)
         if self._start is not None:
-            module.bags["tokens"].table.weight.data.copy_(self._start[0])
+            module.start_tokens_from(self._start[0])
         return TinyClassifier(config, module, tokenizer)
 
 

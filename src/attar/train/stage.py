@@ -47,7 +47,7 @@ def _rows(run: Run, split: str, classifier: TextClassifier) -> Rows:
         {
             "ids": classifier.encode(example["text"]),
             TEACHER: torch.from_numpy(signal),
-            GOLD: labels.get(example.get("label"), IGNORED),
+            GOLD: labels[example["label"]] if "label" in example else IGNORED,
         }
         for example, signal in zip(examples, signals, strict=True)
     ]

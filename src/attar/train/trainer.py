@@ -21,7 +21,7 @@ COMPLETE = "complete"
 _TARGETS = (TEACHER, GOLD)
 
 
-class DistillationTrainer(Trainer):  # type: ignore[misc]
+class DistillationTrainer(Trainer):
     """Trains a model on objectives; everything else (precision, accumulation, trackers, resume) is the Trainer's.
 
     The loss is the sum over objectives of weight times the mean over the examples that the objective supervises in
@@ -47,7 +47,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """Examples that each objective supervises in this optimiser step on all processes, [objectives]."""
         counts = torch.stack(
-            [sum(o.supervised(batch).sum().to(device) for batch in batch_samples) for o in self.objectives]
+            [
+                torch.stack([o.supervised(batch).sum().to(device) for batch in batch_samples]).sum()
+                for o in self.objectives
+            ]
         )
         if self.args.world_size > 1:
             counts = self.accelerator.gather(counts[None]).sum(0)
