@@ -185,9 +185,10 @@ class LocalEngine:
     def _check_parity(self, prefix: _Prefix, probes: list[list[int]], branches: list[list[int]]) -> None:
         """Packed scoring must equal plain scoring: it would not for a model that ignores positions or masks."""
         rows = [_Row(i, ids[len(prefix.ids) :]) for i, ids in enumerate(probes)]
-        packed = self._forward(prefix, rows, branches)[0]
+        # The last row: only it has other requests before it that a broken mask would show it.
+        packed = self._forward(prefix, rows, branches)[-1]
         branch = branches[0]
-        ids = torch.tensor([probes[0] + branch[:-1]], device=self.model.device)
+        ids = torch.tensor([probes[-1] + branch[:-1]], device=self.model.device)
         logits = self.model(input_ids=ids, use_cache=False).logits[0, -len(branch) :].float().log_softmax(-1)
         plain = logits.gather(1, torch.tensor(branch, device=logits.device)[:, None]).sum()
         difference = float((packed[0] - plain).abs())

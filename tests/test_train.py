@@ -1,0 +1,163 @@
+import numpy as np
+import pytest
+import torch
+from transformers import TrainingArguments
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from attar.engines.linear import LinearClassifier
+from attar.engines.textclassifier import (
+    HuggingFaceClassifier,
+    TinyClassifier,
+    TinyConfig,
+    TinyNet,
+    load_text_classifier,
+    log_probs,
+)
+from attar.errors import TrainingError
+from attar.losses import IGNORED
+from attar.students.build import reduce_rows
+from attar.train.objectives import GOLD, TEACHER, Logit, Response
+from attar.train.stage import control_objectives
+from attar.train.trainer import DistillationTrainer
+
+LABELS = ("a", "b", "c")
+
+
+class Linear(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 3, dtype=torch.float64)
+        torch.nn.init.constant_(self.layer.weight, 0.1)
+        torch.nn.init.zeros_(self.layer.bias)
+
+    def forward(self, x):
+        return SequenceClassifierOutput(logits=self.layer(x))
+
+
+def rows(n):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {
+            "x": torch.randn(4, dtype=torch.float64, generator=generator),
+            TEACHER: torch.randn(3, dtype=torch.float64, generator=generator).log_softmax(-1),
+            GOLD: torch.tensor(i % 3 if i % 4 == 0 else IGNORED),
+        }
+        for i in range(n)
+    ]
+
+
+def trained(tmp_path, batch, accumulate, data, objectives):
+    model = Linear()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / f"{batch}-{accumulate}"),
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulate,
+        max_steps=3,
+        learning_rate=0.1,
+        optim="sgd",
+        max_grad_norm=0,
+        lr_scheduler_type="constant",
+        remove_unused_columns=False,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        seed=1,
+        dataloader_pin_memory=False,
+    )
+    trainer = DistillationTrainer(model=model, args=arguments, train_dataset=data, objectives=objectives)
+    trainer.train()
+    return model.layer.weight.detach()
+
+
+def test_weights_do_not_depend_on_how_a_step_is_cut(tmp_path):
+    data = rows(10)
+    objectives = [Logit(temperature=2.0), Response(labels="gold", weight=0.5)]
+    whole = trained(tmp_path, 10, 1, data, objectives)
+    cut = trained(tmp_path, 3, 4, data, objectives)
+    torch.testing.assert_close(cut, whole, atol=1e-12, rtol=0)
+    assert not torch.allclose(whole, torch.full_like(whole, 0.1))
+
+
+def test_a_loss_that_is_not_a_number_stops_with_the_step(tmp_path):
+    data = rows(4)
+    data[2]["x"] = torch.full((4,), float("nan"), dtype=torch.float64)
+    with pytest.raises(TrainingError, match="the loss is nan at step 0"):
+        trained(tmp_path, 4, 1, data, [Logit()])
+
+
+def test_gold_labels_supervise_only_where_they_are():
+    batch = {TEACHER: torch.zeros(3, 3).log_softmax(-1), GOLD: torch.tensor([1, IGNORED, 2])}
+    assert Response(labels="gold").supervised(batch).tolist() == [True, False, True]
+    assert Response(labels="teacher").supervised(batch).all()
+
+
+def test_the_control_keeps_the_weights_and_loses_the_distribution():
+    gold = Response(labels="gold", weight=0.2)
+    assert control_objectives([Logit(weight=0.7, temperature=3.0), Response(weight=0.3), gold]) == [
+        gold,
+        Response(weight=1.0),
+    ]
+
+
+def test_reduced_rows_keep_the_distances_of_a_flat_table():
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.randn(50, 2, generator=generator).double() @ torch.randn(2, 8, generator=generator).double()
+    reduced = reduce_rows(flat, 2)
+    before, after = torch.cdist(flat, flat), torch.cdist(reduced, reduced)
+    ratio = (after / before)[before > 0.1]
+    assert float(ratio.std() / ratio.mean()) < 1e-3
+
+
+def test_a_tiny_classifier_is_saved_and_loaded(tmp_path):
+    torch.manual_seed(0)
+    config = TinyConfig("ngrams", LABELS, 0, 64, 8, 8, 0.5, 0.5, 16)
+    classifier = TinyClassifier(config, TinyNet(config).eval(), None)
+    texts = ["turn off the lamp", "", "x" * 500]
+    classifier.save(tmp_path, torch.float32)
+    before = log_probs(classifier, texts)
+    np.testing.assert_array_equal(log_probs(load_text_classifier(tmp_path), texts), before)
+    np.testing.assert_allclose(np.exp(before).sum(1), 1, rtol=1e-5)
+    # A text's answer does not depend on what it is padded with.
+    np.testing.assert_allclose(log_probs(classifier, texts[:1]), before[:1], atol=1e-6)
+
+
+def test_any_hugging_face_classifier(tmp_path, tiny_teacher):
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        num_labels=2,
+    )
+    (tmp_path / "bert").mkdir()
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    classifier = HuggingFaceClassifier.from_pretrained(str(tmp_path / "bert"), LABELS, 16)
+    (tmp_path / "out").mkdir()
+    classifier.save(tmp_path / "out", torch.float32)
+    again = load_text_classifier(tmp_path / "out")
+    assert again.labels == LABELS
+    texts = ["buy milk", "play", "wake me at seven please " * 9]
+    np.testing.assert_allclose(log_probs(again, texts), log_probs(classifier, texts), atol=1e-6)
+
+
+@pytest.mark.parametrize("targets", [[0, 2, 0, 2], [0, 1, 2, 0]])
+def test_the_baseline_is_scikit_learns_and_survives_its_files(tmp_path, targets):
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    texts = ["buy milk", "lamp off", "buy bread now", "light the lamp"]
+    fitted = LinearClassifier.fit(texts, targets, LABELS)
+    fitted.save(tmp_path)
+    answers = np.exp(LinearClassifier.load(tmp_path).log_probs(["buy a lamp", "off"]))
+    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+    model = LogisticRegression(C=10.0, max_iter=2000).fit(vectorizer.fit_transform(texts), targets)
+    wanted = model.predict_proba(vectorizer.transform(["buy a lamp", "off"]))
+    np.testing.assert_allclose(answers[:, sorted(set(targets))], wanted, atol=1e-5)
+    with pytest.raises(TrainingError, match="every request the label 'a'"):
+        LinearClassifier.fit(texts, [0, 0, 0, 0], LABELS)
