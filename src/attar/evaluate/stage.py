@@ -20,6 +20,7 @@ from attar import __version__
 from attar.data.files import read_jsonl
 from attar.engines.load import teacher_files
 from attar.evaluate import stats, verdict
+from attar.evaluate.confidence import expected_calibration_error, reliability, risk_coverage
 from attar.evaluate.speed import measure
 from attar.evaluate.tasks import fit_temperature, open_arm
 from attar.grading.labels import accuracy_scores, confusions_added, macro_f1, per_class
@@ -148,12 +149,12 @@ def evaluate(recipe: Recipe, run: Run) -> dict[str, Any]:
         )
         confidence, correct = scaled.max(-1).ravel(), scores[arm].ravel()
         calibrated[arm] = {
-            "ece": stats.expected_calibration_error(confidence, correct),
-            "ece_before": stats.expected_calibration_error(probabilities[arm].max(-1).ravel(), correct),
+            "ece": expected_calibration_error(confidence, correct),
+            "ece_before": expected_calibration_error(probabilities[arm].max(-1).ravel(), correct),
             "temperatures": temperatures or None,
-            "bins": stats.reliability(confidence, correct),
+            "bins": reliability(confidence, correct),
         }
-        coverage[arm] = stats.risk_coverage(confidence, correct)
+        coverage[arm] = risk_coverage(confidence, correct)
         speeds[arm] = _speed(recipe, run, arm, places[0], calibration, test.texts)
         api = tokens_a_request if arm == "teacher" and settings.teacher_api else None
         costs[arm] = verdict.cost_per_request(settings, speeds[arm]["seconds_a_request"], api)

@@ -14,38 +14,29 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import binomtest, norm
 
 from attar.errors import RunError
+from attar.evaluate.arrays import Array, binary, matrix, paired_matrices, ratio_parts, same_length
 
 __all__ = [
-    "Bin",
-    "CoveragePoint",
     "Estimate",
     "McNemar",
-    "expected_calibration_error",
     "mcnemar",
     "mean_estimate",
     "paired_difference",
     "ratio_of_means",
     "ratio_of_medians",
-    "reliability",
     "retention",
-    "risk_coverage",
     "wilson",
 ]
 
-Array = npt.NDArray[np.float64]
-
 # Counts drawn at once: 4 MiB of int64, whatever the number of cases and of resamples.
 _CHUNK = 1 << 19
-
-# A float32 softmax can overshoot 1 by this much; anything further out is no probability.
-_SLACK = 1e-6
 
 
 @dataclass(frozen=True)
@@ -80,23 +71,6 @@ class McNemar:
     only_a: int
     only_b: int
     p_value: float
-
-
-class Bin(TypedDict):
-    """One bar of a reliability diagram: the cases whose confidence is in (lo, hi]."""
-
-    lo: float
-    hi: float
-    n: int
-    confidence: float | None
-    accuracy: float | None
-
-
-class CoveragePoint(TypedDict):
-    """Accuracy on the share of the cases that the model is surest of."""
-
-    coverage: float
-    accuracy: float
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> Estimate:
@@ -144,10 +118,10 @@ def mean_estimate(
     Raises:
         ValueError: scores is not two-dimensional, is empty, or has values that are not finite.
     """
-    matrix = _matrix("scores", scores)
-    if matrix.shape[0] == 1 and bool(np.isin(matrix, (0.0, 1.0)).all()):
-        return wilson(int(matrix.sum()), matrix.shape[1], confidence)
-    value, draws = _case_bootstrap(matrix.mean(axis=0)[:, None], resamples, seed)
+    table = matrix("scores", scores)
+    if table.shape[0] == 1 and bool(np.isin(table, (0.0, 1.0)).all()):
+        return wilson(int(table.sum()), table.shape[1], confidence)
+    value, draws = _case_bootstrap(table.mean(axis=0)[:, None], resamples, seed)
     return _percentile(float(value[0]), draws[:, 0], confidence)
 
 
@@ -169,7 +143,7 @@ def paired_difference(
     Raises:
         ValueError: a and b differ in the number of cases, or either is empty, not two-dimensional or not finite.
     """
-    left, right = _paired_matrices("a", a, "b", b)
+    left, right = paired_matrices("a", a, "b", b)
     value, draws = _case_bootstrap((left.mean(axis=0) - right.mean(axis=0))[:, None], resamples, seed)
     return _percentile(float(value[0]), draws[:, 0], confidence)
 
@@ -200,7 +174,7 @@ def retention(
         ValueError: student and teacher differ in the number of cases, the teacher has neither 1 seed nor as many as
             the student, or either is empty, not two-dimensional, not finite or negative.
     """
-    kept, whole = _paired_matrices("student", student, "teacher", teacher)
+    kept, whole = paired_matrices("student", student, "teacher", teacher)
     if whole.shape[0] not in (1, kept.shape[0]):
         raise ValueError(f"teacher has {whole.shape[0]} seeds and student {kept.shape[0]}; wanted 1 or as many")
     if kept.min() < 0 or whole.min() < 0:
@@ -235,9 +209,9 @@ def mcnemar(a_correct: npt.ArrayLike, b_correct: npt.ArrayLike) -> McNemar:
     Raises:
         ValueError: the lengths differ, or either is empty or not 0/1.
     """
-    a = _binary("a_correct", a_correct)
-    b = _binary("b_correct", b_correct)
-    _same_length("a_correct", a, "b_correct", b)
+    a = binary("a_correct", a_correct)
+    b = binary("b_correct", b_correct)
+    same_length("a_correct", a, "b_correct", b)
     only_a = int((a & ~b).sum())
     only_b = int((b & ~a).sum())
     p_value = float(binomtest(only_a, only_a + only_b, 0.5).pvalue) if only_a + only_b else 1.0
@@ -264,7 +238,7 @@ def ratio_of_medians(
     Raises:
         ValueError: either is empty, not one-dimensional or not finite, or denominator has values at or below 0.
     """
-    top, bottom = _ratio_parts(numerator, denominator)
+    top, bottom = ratio_parts(numerator, denominator)
     rng = _rng(resamples, seed)
     draws = _bootstrap_medians(top, resamples, rng) / _bootstrap_medians(bottom, resamples, rng)
     return _percentile(float(np.median(top) / np.median(bottom)), draws, confidence)
@@ -290,106 +264,12 @@ def ratio_of_means(
     Raises:
         ValueError: either is empty, not one-dimensional or not finite, or denominator has values at or below 0.
     """
-    top, bottom = _ratio_parts(numerator, denominator)
+    top, bottom = ratio_parts(numerator, denominator)
     # Two child streams, so that equal inputs are still resampled independently.
     first, second = np.random.SeedSequence(seed).spawn(2)
     top_value, top_draws = _case_bootstrap(top[:, None], resamples, first)
     bottom_value, bottom_draws = _case_bootstrap(bottom[:, None], resamples, second)
     return _percentile(float(top_value[0] / bottom_value[0]), top_draws[:, 0] / bottom_draws[:, 0], confidence)
-
-
-def reliability(confidence: npt.ArrayLike, correct: npt.ArrayLike, bins: int = 10) -> list[Bin]:
-    """Mean confidence and accuracy in bins of equal width.
-
-    Bin m of M holds the cases with confidence in ((m - 1) / M, m / M] (Guo et al. 2017, "On Calibration of Modern
-    Neural Networks", section 2); a confidence of 0 goes to the first.
-
-    Args:
-        confidence: [cases], in [0, 1].
-        correct: [cases], bool or 0/1.
-        bins: number of bins, at least 1.
-
-    Returns:
-        One entry per bin, lowest first. An empty bin has n 0 and None for confidence and accuracy.
-
-    Raises:
-        ValueError: the lengths differ, either is empty, confidence is outside [0, 1], correct is not 0/1, or bins is
-            below 1.
-    """
-    sure, right = _confidence_pairs(confidence, correct)
-    if bins < 1:
-        raise ValueError(f"bins is {bins}; wanted at least 1")
-    edges = np.arange(bins + 1) / bins
-    which = np.maximum(np.searchsorted(edges, sure, side="left") - 1, 0)
-    counts = np.bincount(which, minlength=bins)
-    sure_sums = np.bincount(which, weights=sure, minlength=bins)
-    right_sums = np.bincount(which, weights=right, minlength=bins)
-    return [
-        {
-            "lo": float(edges[i]),
-            "hi": float(edges[i + 1]),
-            "n": int(counts[i]),
-            "confidence": float(sure_sums[i] / counts[i]) if counts[i] else None,
-            "accuracy": float(right_sums[i] / counts[i]) if counts[i] else None,
-        }
-        for i in range(bins)
-    ]
-
-
-def expected_calibration_error(confidence: npt.ArrayLike, correct: npt.ArrayLike, bins: int = 10) -> float:
-    """Expected calibration error: |accuracy - confidence| of each bin, averaged with the bins' counts as weights.
-
-    Guo et al. 2017, "On Calibration of Modern Neural Networks", equation 3.
-
-    Args:
-        confidence: [cases], in [0, 1].
-        correct: [cases], bool or 0/1.
-        bins: number of bins, at least 1.
-
-    Returns:
-        The error, in [0, 1]; 0 is calibrated.
-
-    Raises:
-        ValueError: as `reliability`.
-    """
-    table = reliability(confidence, correct, bins)
-    gap = 0.0
-    for row in table:
-        if row["accuracy"] is not None and row["confidence"] is not None:
-            gap += row["n"] * abs(row["accuracy"] - row["confidence"])
-    return gap / sum(row["n"] for row in table)
-
-
-def risk_coverage(confidence: npt.ArrayLike, correct: npt.ArrayLike, points: int = 20) -> list[CoveragePoint]:
-    """Accuracy on the surest share of the cases, for growing shares.
-
-    El-Yaniv and Wiener 2010, "On the Foundations of Noise-free Selective Classification"; the risk is 1 - accuracy.
-    Cases of equal confidence that a share cuts through count with their group's accuracy. That is the expectation
-    over a random order among them, and makes the curve independent of the order of the cases.
-
-    Args:
-        confidence: [cases]; any finite score of which more means surer.
-        correct: [cases], bool or 0/1.
-        points: shares wanted, at least 1: 1/points, 2/points, ... 1, each rounded up to whole cases.
-
-    Returns:
-        Shares in growing order, the last of coverage 1; fewer than `points` where shares round to the same cases.
-
-    Raises:
-        ValueError: the lengths differ, either is empty, confidence is not finite, correct is not 0/1, or points is
-            below 1.
-    """
-    sure = _vector("confidence", confidence)
-    right = _binary("correct", correct)
-    _same_length("confidence", sure, "correct", right)
-    if points < 1:
-        raise ValueError(f"points is {points}; wanted at least 1")
-    _, group, sizes = np.unique(-sure, return_inverse=True, return_counts=True)
-    expected = np.repeat(np.bincount(group, weights=right) / sizes, sizes)
-    cases = len(sure)
-    answered = sorted({-(-i * cases // points) for i in range(1, points + 1)})
-    gained = np.cumsum(expected)
-    return [{"coverage": k / cases, "accuracy": float(min(gained[k - 1] / k, 1.0))} for k in answered]
 
 
 def _case_bootstrap(rows: Array, resamples: int, seed: int | np.random.SeedSequence) -> tuple[Array, Array]:
@@ -470,61 +350,3 @@ def _rng(resamples: int, seed: int | np.random.SeedSequence) -> np.random.Genera
 def _check_confidence(confidence: float) -> None:
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}; wanted a coverage between 0 and 1, such as 0.95")
-
-
-def _matrix(name: str, values: npt.ArrayLike) -> Array:
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 2 or array.size == 0:
-        raise ValueError(f"{name} has shape {array.shape}; wanted [seeds, cases] with at least one of each")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} has {int((~np.isfinite(array)).sum())} values that are not finite")
-    return array
-
-
-def _paired_matrices(name_a: str, a: npt.ArrayLike, name_b: str, b: npt.ArrayLike) -> tuple[Array, Array]:
-    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if first.ndim == second.ndim == 2 and (first.shape[1] != second.shape[1] or 0 in first.shape + second.shape):
-        raise ValueError(
-            f"{name_a} has shape {first.shape} and {name_b} {second.shape}; wanted [seeds, cases] of the same cases, "
-            "at least one"
-        )
-    return _matrix(name_a, first), _matrix(name_b, second)
-
-
-def _vector(name: str, values: npt.ArrayLike) -> Array:
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 1:
-        raise ValueError(f"{name} has shape {array.shape}; wanted one dimension")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} has {int((~np.isfinite(array)).sum())} values that are not finite")
-    return array
-
-
-def _binary(name: str, values: npt.ArrayLike) -> npt.NDArray[np.bool_]:
-    array = _vector(name, values)
-    if not np.isin(array, (0.0, 1.0)).all():
-        raise ValueError(f"{name} has values other than 0 and 1")
-    return array.astype(np.bool_)
-
-
-def _same_length(name_a: str, a: npt.NDArray[Any], name_b: str, b: npt.NDArray[Any]) -> None:
-    if len(a) != len(b) or not len(a):
-        raise ValueError(f"{name_a} has {len(a)} cases and {name_b} {len(b)}; wanted as many, at least one")
-
-
-def _ratio_parts(numerator: npt.ArrayLike, denominator: npt.ArrayLike) -> tuple[Array, Array]:
-    top, bottom = _vector("numerator", numerator), _vector("denominator", denominator)
-    if not len(top) or not len(bottom):
-        raise ValueError(f"numerator has {len(top)} values and denominator {len(bottom)}; wanted at least one of each")
-    if bottom.min() <= 0:
-        raise ValueError(f"the lowest value of denominator is {bottom.min():g}; wanted all above 0")
-    return top, bottom
-
-
-def _confidence_pairs(confidence: npt.ArrayLike, correct: npt.ArrayLike) -> tuple[Array, npt.NDArray[np.bool_]]:
-    sure = _vector("confidence", confidence)
-    right = _binary("correct", correct)
-    _same_length("confidence", sure, "correct", right)
-    if sure.min() < -_SLACK or sure.max() > 1 + _SLACK:
-        raise ValueError(f"confidence runs from {sure.min():g} to {sure.max():g}; wanted probabilities in [0, 1]")
-    return np.clip(sure, 0.0, 1.0), right
