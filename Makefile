@@ -23,6 +23,7 @@ lint: .venv/dev-ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/python docs/generate_cli.py --check
 
 types: .venv/dev-ready
 	$(BIN)/mypy

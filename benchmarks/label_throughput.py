@@ -52,7 +52,7 @@ def main() -> None:
     folder = teacher_folder(Silent())
     recipe = load_recipe(demo_files() / "attar.yaml", [f"teacher.model=hf:{folder}"])
     question = LabelQuestion(recipe)
-    words = list(question.words.values())
+    words = question.scored
     engine = load_local(recipe.teacher.model, device=torch.device("cpu"))
     texts = [row["text"] for row in read_jsonl(recipe.data.pool)[: args.requests]]
     prompts = [question.prompts(text)[0] for text in texts]

@@ -256,8 +256,11 @@ def _root(
 def main() -> None:
     """Entry point: turns exceptions into one line and an exit code."""
     try:
-        code = app(standalone_mode=False)
-        sys.exit(code or 0)
+        code = app(standalone_mode=False) or 0
+        if code == Interrupted.exit_code:
+            # typer turns Ctrl-C into this code and says nothing.
+            raise KeyboardInterrupt
+        sys.exit(code)
     except _ClickError as error:
         error.show()
         sys.exit(error.exit_code)
@@ -265,6 +268,9 @@ def main() -> None:
         _fail(Interrupted("interrupted; the same command goes on from here"))
     except AttarError as error:
         _fail(error)
+    except OSError as error:
+        # A folder that may not be written, a file that vanished: the machine's answer, not a fault in attar.
+        _fail(AttarError(f"{error.filename or 'the system'}: {error.strerror or error}"))
 
 
 def _fail(error: AttarError) -> None:

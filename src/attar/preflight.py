@@ -103,10 +103,11 @@ def _teacher(recipe: Recipe, place: Path, sources: dict[str, list[Example]]) -> 
             f"prompt {number}: {length} tokens with the longest request, the teacher reads {limit or 'unknown'}",
         )
     first: dict[int, list[str]] = {}
-    for label, word in question.words.items():
-        first.setdefault(encode_plain(tokenizer, " " + word)[0], []).append(label)
+    for label, words in question.words.items():
+        for word in words:
+            first.setdefault(encode_plain(tokenizer, " " + word)[0], []).append(label)
     for labels in first.values():
-        if len(labels) > 1:
+        if len(set(labels)) > 1:
             yield Finding("warn", f"labels that share a first token, told apart by later ones: {', '.join(labels)}")
     yield from _cost(recipe, place, config, tokenizer, sources)
 

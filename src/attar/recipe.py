@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from attar.errors import RecipeError
 
@@ -27,7 +27,7 @@ def _unique(values: tuple[str, ...]) -> tuple[str, ...]:
     if repeated:
         raise ValueError(f"repeated: {', '.join(repeated)}")
     if any(not v.strip() for v in values):
-        raise ValueError("a label is empty")
+        raise ValueError("one is empty")
     return values
 
 
@@ -53,6 +53,15 @@ class Data(_Part):
     licence: str | None = None
 
 
+def _several(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+_Words = Annotated[
+    tuple[str, ...], Field(min_length=1, strict=False), AfterValidator(_unique), BeforeValidator(_several)
+]
+
+
 class Shot(_Part):
     """A worked example in the teacher's prompt."""
 
@@ -74,15 +83,18 @@ class Teacher(_Part):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     licence: str | None = None
     prompts: tuple[TeacherPrompt, ...] = Field(min_length=1, strict=False)
-    label_words: dict[str, str] = Field(default_factory=dict)
-    """what stands for a label in the prompt and is scored; the label itself where nothing is said"""
+    label_words: dict[str, _Words] = Field(default_factory=dict)
+    """the words that are scored for a label; the first stands for it in the prompt. The label itself where nothing is
+    said. Several words that people use for one thing (a verbalizer) see more than one, at no cost where each is one
+    token"""
     length: Literal["sum", "mean"] = "sum"
     """log-probability of a label of several tokens: of the whole sequence, or its mean per token"""
-    calibration: Literal["none", "contextual", "batch"] = "batch"
+    calibration: Literal["none", "contextual", "batch", "prototypical"] = "batch"
     content_free: tuple[str, ...] = Field(default=("N/A", "", "[MASK]"), strict=False)
     """inputs without content, for contextual calibration"""
     prior: Literal["estimated", "uniform"] | dict[str, float] = "estimated"
-    """share of each label in the pool, for batch calibration; `estimated` counts the dev cases, add-one smoothed"""
+    """share of each label in the pool, for batch and prototypical calibration; `estimated` counts the dev cases,
+    add-one smoothed"""
     tokens_per_batch: Positive = 512
 
 
@@ -239,7 +251,15 @@ class Recipe(_Part):
             total = sum(self.teacher.prior.values())
             if abs(total - 1) > 1e-6 or min(self.teacher.prior.values()) <= 0:
                 raise ValueError(f"teacher.prior: shares must be above 0 and add up to 1, they add up to {total:g}")
-        if self.teacher.calibration == "batch" and self.teacher.prior == "estimated" and self.data.dev is None:
+        scored = [word for label in self.data.labels for word in self.teacher.label_words.get(label, (label,))]
+        shared = sorted({word for word in scored if scored.count(word) > 1})
+        if shared:
+            raise ValueError(f"teacher.label_words: {', '.join(shared)} stands for more than one label")
+        if (
+            self.teacher.calibration in ("batch", "prototypical")
+            and self.teacher.prior == "estimated"
+            and self.data.dev is None
+        ):
             raise ValueError(
                 "teacher.prior: `estimated` counts the labels of data.dev, which is not set; "
                 "set data.dev, or state `uniform` or the shares"

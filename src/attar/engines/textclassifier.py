@@ -24,6 +24,7 @@ from attar.errors import ModelError
 
 __all__ = [
     "CONFIG_FILE",
+    "Bag",
     "Encoded",
     "HuggingFaceClassifier",
     "TextClassifier",
@@ -99,7 +100,7 @@ class TinyConfig:
     max_tokens: int
 
 
-class _Bag(nn.Module):
+class Bag(nn.Module):
     """A mean of table rows, weighted by a learned importance of each row."""
 
     def __init__(self, rows: int, width: int, token_dropout: float) -> None:
@@ -126,9 +127,9 @@ class TinyNet(nn.Module):
 
     def __init__(self, config: TinyConfig) -> None:
         super().__init__()
-        self.bags = nn.ModuleDict({"ngrams": _Bag(config.buckets, config.width, config.token_dropout)})
+        self.bags = nn.ModuleDict({"ngrams": Bag(config.buckets, config.width, config.token_dropout)})
         if config.form == "embeddings":
-            self.bags["tokens"] = _Bag(config.tokens, config.width, config.token_dropout)
+            self.bags["tokens"] = Bag(config.tokens, config.width, config.token_dropout)
         width = config.width * len(self.bags)
         self.head = nn.Sequential(
             nn.LayerNorm(width),

@@ -16,7 +16,8 @@ from attar.engines.base import Engine
 from attar.engines.classifier import load_classifier
 from attar.engines.load import load_teacher
 from attar.recipe import Recipe
-from attar.signals.labels import Calibration, LabelQuestion
+from attar.signals.calibration import Calibration
+from attar.signals.labels import LabelQuestion
 
 __all__ = ["Arm", "fit_temperature", "open_arm"]
 

@@ -13,7 +13,8 @@ from attar.data.files import read_jsonl
 from attar.engines.load import load_teacher, teacher_files
 from attar.progress import track
 from attar.recipe import Recipe
-from attar.signals.labels import Calibration, LabelQuestion, fit_calibration, prior_shares
+from attar.signals.calibration import Calibration, fit_calibration, prior_shares
+from attar.signals.labels import LabelQuestion
 from attar.signals.store import SignalStore
 from attar.workspace import Run, digest, write_atomic, write_json
 
@@ -25,17 +26,17 @@ CONTENT_FREE = "content-free:"
 
 
 def open_store(recipe: Recipe, run: Run) -> SignalStore:
-    """The store of the teacher's raw label scores, [examples, prompts, labels] by example id."""
+    """The store of the teacher's raw scores of words, [examples, prompts, words] by example id."""
     question = LabelQuestion(recipe)
     teacher = recipe.teacher
     return SignalStore(
         run.path("signals", "raw"),
         {
-            "kind": "label_scores",
+            "kind": "word_scores",
             "teacher and tokenizer": run.fingerprint_path(teacher_files(recipe)),
             "dtype": teacher.dtype,
             "prompts": digest([prompt.model_dump(mode="json") for prompt in teacher.prompts]),
-            "labels": question.words,
+            "words": question.scored,
             "length": teacher.length,
         },
     )
@@ -69,7 +70,8 @@ def calibrate(recipe: Recipe, run: Run) -> dict[str, Any]:
     dev = [row["label"] for row in read_jsonl(run.path("data", "dev.jsonl"))]
     prior = prior_shares(recipe, dev)
     free = store.read([CONTENT_FREE + text for text in recipe.teacher.content_free])
-    fitted = fit_calibration(recipe, store.read(ids["train"] + ids["val"]), free, prior)
+    owners = LabelQuestion(recipe).owners
+    fitted = fit_calibration(recipe, owners, store.read(ids["train"] + ids["val"]), free, prior)
     write_json(run.path("signals", "labels", "calibration.json"), fitted.to_json())
     for split, names in ids.items():
         values = fitted.apply(store.read(names)).astype(np.float32)

@@ -12,7 +12,7 @@ from attar.engines.textclassifier import HuggingFaceClassifier, TextClassifier, 
 from attar.errors import CapabilityError, ModelError
 from attar.recipe import Recipe
 
-__all__ = ["build_classifier", "reduce_rows"]
+__all__ = ["build_classifier", "reduce_rows", "teacher_table"]
 
 
 def reduce_rows(table: Tensor, width: int) -> Tensor:
@@ -38,7 +38,7 @@ def reduce_rows(table: Tensor, width: int) -> Tensor:
     return rows
 
 
-def _teacher_table(recipe: Recipe) -> tuple[Tensor, Tokenizer]:
+def teacher_table(recipe: Recipe) -> tuple[Tensor, Tokenizer]:
     """The teacher's token embeddings [vocabulary, width], and its tokenizer."""
     from attar.engines.load import load_teacher
     from attar.engines.local import LocalEngine
@@ -75,7 +75,7 @@ class _Builder:
         tokens = 0
         if student.form == "embeddings":
             if self._start is None:
-                table, tokenizer = _teacher_table(recipe)
+                table, tokenizer = teacher_table(recipe)
                 if student.width > table.shape[1]:
                     raise CapabilityError(
                         f"student.width: {student.width} is more than the teacher's {table.shape[1]} dimensions"

@@ -27,7 +27,7 @@ from attar.train.objectives import GOLD, TEACHER, Objective, Response, from_reci
 from attar.train.trainer import DistillationTrainer, last_checkpoint
 from attar.workspace import Run, replace_folder
 
-__all__ = ["control_objectives", "train"]
+__all__ = ["control_objectives", "fit", "train"]
 
 Rows = list[dict[str, Any]]
 
@@ -103,7 +103,7 @@ def _arguments(recipe: Recipe, folder: Path, seed: int, examples: int) -> Traini
         raise RecipeError(f"train: {' '.join(str(error).split())}") from error
 
 
-def _fit(
+def fit(
     recipe: Recipe, run: Run, classifier: TextClassifier, objectives: Sequence[Objective], work: Path, seed: int
 ) -> list[dict[str, float]]:
     """Train in place, going on from the last whole checkpoint; returns the curves."""
@@ -164,7 +164,7 @@ def train(recipe: Recipe, run: Run) -> dict[str, Any]:
             work = run.path("work", arm, f"seed-{seed}")
             if not folder.exists():
                 classifier = build(seed)
-                curves = _fit(recipe, run, classifier, terms, work, seed)
+                curves = fit(recipe, run, classifier, terms, work, seed)
                 classifier.module.eval()
                 with replace_folder(folder) as temporary:
                     classifier.save(temporary, torch.float32)
