@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import random
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from attar import pipeline
-from attar.errors import AttarError, DataError, PreflightRefused
+from attar.errors import AttarError, DataError, NoSpaceError, PreflightRefused
 from attar.recipe import load_recipe
 
 HERE = Path(__file__).parent
@@ -156,6 +157,46 @@ def test_bad_lines_can_be_skipped_and_are_counted(job):
     pipeline.run(recipe, until="curate")
     manifest = json.loads((recipe.folder / "manifest.json").read_text())
     assert manifest["stages"]["curate"]["counts"]["dropped"] == {"malformed (pool)": 1}
+
+
+def test_a_full_disk_stops_with_one_line_and_the_same_command_goes_on(job, monkeypatch):
+    recipe = load_recipe(job / "attar.yaml")
+    real, left = os.fsync, [9]
+
+    def full(handle):
+        left[0] -= 1
+        if left[0] == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(NoSpaceError, match="run the same command again, it goes on from there"):
+        pipeline.run(recipe, until="calibrate")
+    monkeypatch.setattr(os, "fsync", real)
+    pipeline.run(recipe, until="calibrate")
+    assert not list(recipe.folder.rglob("*.partial"))
+
+
+def test_a_folder_of_another_recipe_and_a_damaged_manifest_are_refused(job):
+    recipe = load_recipe(job / "attar.yaml")
+    pipeline.run(recipe, until="curate")
+    other = cli(job, "curate", "--set", "name=other", "--set", f"run.folder={recipe.folder}")
+    assert other.returncode == 1
+    assert "belongs to the recipe 'letters'" in other.stderr
+    manifest = recipe.folder / "manifest.json"
+    manifest.write_text(manifest.read_text()[:80])
+    damaged = cli(job, "curate")
+    assert damaged.returncode == 1
+    assert "is damaged" in damaged.stderr
+    assert "Traceback" not in other.stderr + damaged.stderr
+
+
+def test_a_folder_that_is_no_model_is_named(job, tmp_path):
+    (tmp_path / "empty").mkdir()
+    done = cli(job, "score", "--set", f"teacher.model=hf:{tmp_path / 'empty'}")
+    assert done.returncode == 1
+    assert "is no causal language model that transformers can load" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_teacher_that_is_no_model(job):

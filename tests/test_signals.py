@@ -2,26 +2,7 @@ import numpy as np
 import pytest
 
 from attar.errors import WorkspaceError
-from attar.signals.labels import Calibration, _bias_to_prior
 from attar.signals.store import SignalStore
-
-
-def test_bias_reaches_the_prior():
-    rng = np.random.default_rng(0)
-    logits = rng.normal(loc=[2.0, 0.0, -1.0, 0.5], size=(500, 4))
-    log_probs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-    prior = np.array([0.4, 0.3, 0.2, 0.1])
-    shifted = log_probs + _bias_to_prior(log_probs, prior)
-    shares = (np.exp(shifted) / np.exp(shifted).sum(1, keepdims=True)).mean(0)
-    np.testing.assert_allclose(shares, prior, atol=1e-8)
-
-
-def test_calibration_survives_json_and_gives_distributions():
-    calibration = Calibration(np.array([[0.1, -0.3], [0.2, 1 / 3]]), np.array([0.5, -0.5]))
-    raw = np.array([[[-1.0, -2.0], [-3.0, -0.5]]], dtype=np.float32)
-    result = calibration.apply(raw)
-    np.testing.assert_allclose(np.exp(result).sum(1), 1)
-    assert (Calibration.from_json(calibration.to_json()).apply(raw) == result).all()
 
 
 def test_store_reads_back_in_the_order_asked(tmp_path):

@@ -161,3 +161,88 @@ def test_the_baseline_is_scikit_learns_and_survives_its_files(tmp_path, targets)
     np.testing.assert_allclose(answers[:, sorted(set(targets))], wanted, atol=1e-5)
     with pytest.raises(TrainingError, match="every request the label 'a'"):
         LinearClassifier.fit(texts, [0, 0, 0, 0], LABELS)
+
+
+def recipe_for(tmp_path, **changes):
+    from attar.recipe import parse_recipe
+
+    content = {
+        "name": "t",
+        "task": "classify",
+        "data": {"labels": ["alpha", "beta"], "pool": "p.jsonl", "test": "t.jsonl"},
+        "teacher": {"model": "fakes:Keyword", "prior": "uniform", "prompts": [{"template": "{{ text }}"}]},
+        "student": {"form": "ngrams", "buckets": 64, "width": 4, "hidden": 4},
+        "train": {"epochs": 1, "evaluations": 1, **changes.pop("train", {})},
+        "run": {"folder": str(tmp_path / "run"), "device": "cpu"},
+        **changes,
+    }
+    return parse_recipe(content, "here", tmp_path)
+
+
+@pytest.fixture
+def signals(tmp_path):
+    """A run folder with 40 examples of train, 8 of val, and a teacher's distributions."""
+    import json
+
+    folder = tmp_path / "run"
+    (folder / "data").mkdir(parents=True)
+    (folder / "signals/labels").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 40), ("val", 8)):
+        texts = ["".join(rng.choice(list("abxy"), 6)) for _ in range(n)]
+        (folder / f"data/{split}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+        table = np.array([[t.count("a"), t.count("b")] for t in texts], dtype=np.float32)
+        np.save(folder / f"signals/labels/{split}.npy", torch.tensor(table).log_softmax(-1).numpy())
+    return folder
+
+
+def test_a_tracker_passes_through(tmp_path, signals, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from attar.students.build import build_classifier
+    from attar.train.stage import fit
+    from attar.workspace import open_run
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    recipe = recipe_for(tmp_path, train={"report_to": ["tensorboard"]})
+    with open_run(signals, "t") as run:
+        fit(recipe, run, build_classifier(recipe)(0), [Logit()], tmp_path / "work", 0)
+    events = EventAccumulator(str(tmp_path / "logs"))
+    events.Reload()
+    assert {"train/loss", "train/loss_logit", "eval/loss"} <= set(events.Tags()["scalars"])
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, signals):
+    from attar.errors import AttarError
+    from attar.students.build import build_classifier
+    from attar.train.stage import fit
+    from attar.workspace import open_run
+
+    recipe = recipe_for(tmp_path, train={"report_to": ["mlflow"]})
+    with open_run(signals, "t") as run, pytest.raises(AttarError, match="mlflow"):
+        fit(recipe, run, build_classifier(recipe)(0), [Logit()], tmp_path / "work", 0)
+
+
+def test_an_export_that_answers_differently_is_refused(tmp_path, signals):
+    from attar.errors import RunError
+    from attar.students.build import build_classifier
+    from attar.students.export import export
+    from attar.workspace import open_run
+
+    recipe = recipe_for(tmp_path, export={"dtype": "float16"})
+    classifier = build_classifier(recipe)(0)
+    for arm in ("student", "control"):
+        (signals / f"models/{arm}/seed-0").mkdir(parents=True)
+        classifier.save(signals / f"models/{arm}/seed-0", torch.float32)
+    with open_run(signals, "t") as run:
+        assert export(recipe, run)["largest_probability_difference"] < 0.05
+        # Weights that float16 cannot hold: beyond 65,504 they become infinite.
+        with torch.no_grad():
+            classifier.module.head[-1].weight.mul_(1e6)
+        classifier.save(signals / "models/student/seed-0", torch.float32)
+        for arm in ("student", "control"):
+            import shutil
+
+            shutil.rmtree(signals / f"export/{arm}")
+        with pytest.raises(RunError, match="differs from what was trained"):
+            export(recipe, run)
