@@ -133,10 +133,11 @@ def _prototypes(scores: Floats, start: Floats, prior: Floats, *, ridge: float = 
         covariance += ridge * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
         weights = np.linalg.solve(covariance, means.T)
         offsets = -0.5 * (means.T * weights).sum(0)
-        offsets = offsets + _bias_to_prior(x @ weights + offsets, prior, tolerance=1e-6, rounds=1000)
+        offsets = offsets + _bias_to_prior(x @ weights + offsets, prior, tolerance=1e-4)
         before, posterior = posterior, np.exp(log_softmax(x @ weights + offsets, axis=-1))
         if np.abs(posterior - before).mean() < 1e-5:
             break
+    offsets = offsets + _bias_to_prior(x @ weights + offsets, prior)
     return Calibration(weights, offsets - centre @ weights)
 
 
