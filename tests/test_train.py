@@ -218,8 +218,8 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, signals):
     from attar.train.stage import fit
     from attar.workspace import open_run
 
-    recipe = recipe_for(tmp_path, train={"report_to": ["mlflow"]})
-    with open_run(signals, "t") as run, pytest.raises(AttarError, match="mlflow"):
+    recipe = recipe_for(tmp_path, train={"report_to": ["wandb"]})
+    with open_run(signals, "t") as run, pytest.raises(AttarError, match="wandb"):
         fit(recipe, run, build_classifier(recipe)(0), [Logit()], tmp_path / "work", 0)
 
 
