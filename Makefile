@@ -34,3 +34,4 @@ docs: .venv/dev-ready
 bench: .venv/dev-ready
 	$(BIN)/python benchmarks/label_throughput.py
 	$(BIN)/python benchmarks/router.py
+	$(BIN)/python benchmarks/tiny_architectures.py

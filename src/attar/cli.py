@@ -114,7 +114,7 @@ def _run(recipe: Recipe, as_json: bool, dry_run: bool, until: str | None) -> Non
         if as_json:
             print(json.dumps({"plan": {p.stage: list(p.reasons) for p in plans}}))
         for item in () if as_json else plans:
-            print(f"{item.stage}: {'; '.join(item.reasons) or 'done, nothing to do'}")
+            print(f"{item.stage}: {pipeline.shorten(item.reasons) or 'done, nothing to do'}")
         return
     folder = pipeline.run(recipe, until=until, progress=_Terminal())
     ship = True

@@ -16,7 +16,7 @@ from attar.progress import Progress, Silent
 from attar.recipe import Recipe
 from attar.workspace import Run, open_run, write_atomic
 
-__all__ = ["STAGES", "Plan", "plan", "run"]
+__all__ = ["STAGES", "Plan", "plan", "run", "shorten"]
 
 
 @dataclass(frozen=True)
@@ -195,6 +195,12 @@ def plan(recipe: Recipe, until: str | None = None) -> list[Plan]:
     return plans
 
 
+def shorten(reasons: Sequence[str], most: int = 3) -> str:
+    """The first reasons, and how many more there are: one line for people."""
+    more = len(reasons) - most
+    return "; ".join(reasons[:most]) + (f"; and {more} more" if more > 0 else "")
+
+
 def _set_threads(recipe: Recipe) -> None:
     import torch
 
@@ -229,7 +235,7 @@ def run(recipe: Recipe, *, until: str | None = None, progress: Progress | None =
                 progress.note(f"{stage.name}: done before")
                 continue
             resumed = opened.begin(stage.name, fingerprint, stage.folders)
-            progress.note(f"{stage.name}: {'goes on' if resumed else '; '.join(reasons)}")
+            progress.note(f"{stage.name}: {'goes on' if resumed else shorten(reasons)}")
             started = time.time()
             counts = stage.function(recipe, opened)
             opened.finish(stage.name, fingerprint, stage.folders, counts, started)
