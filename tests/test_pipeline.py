@@ -194,7 +194,7 @@ def test_a_folder_of_another_recipe_and_a_damaged_manifest_are_refused(job):
 def test_a_folder_that_is_no_model_is_named(job, tmp_path):
     (tmp_path / "empty").mkdir()
     done = cli(job, "score", "--set", f"teacher.model=hf:{tmp_path / 'empty'}")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "is no causal language model that transformers can load" in done.stderr
     assert "Traceback" not in done.stderr
 
