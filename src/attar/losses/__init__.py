@@ -1,5 +1,6 @@
 """Losses of the student's training."""
 
-from attar.losses.divergences import IGNORED, cross_entropy, forward_kl, masked_mean
+from attar.losses.divergences import IGNORED, cross_entropy, divergence, forward_kl, masked_mean
+from attar.losses.kinds import KINDS, Divergence
 
-__all__ = ["IGNORED", "cross_entropy", "forward_kl", "masked_mean"]
+__all__ = ["IGNORED", "KINDS", "Divergence", "cross_entropy", "divergence", "forward_kl", "masked_mean"]

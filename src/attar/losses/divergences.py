@@ -6,14 +6,102 @@ the gradient. A NaN in a row that does count is passed on, so that the trainer s
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-__all__ = ["IGNORED", "cross_entropy", "forward_kl", "masked_mean"]
+from attar.losses.kinds import Distribution, Divergence
+
+__all__ = [
+    "IGNORED",
+    "cross_entropy",
+    "divergence",
+    "divergence_and_gradient",
+    "forward_kl",
+    "masked_mean",
+    "soften",
+]
 
 IGNORED = -100
 """The label of an example that has none."""
+
+
+def soften(logits: Tensor, temperature: float = 1.0) -> Distribution:
+    """softmax(logits / temperature) and its logarithm.
+
+    Args:
+        logits: [n, vocabulary], floating point; -inf for what is impossible.
+        temperature: above 0.
+    """
+    logs = F.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
+    return Distribution(logs, logs.exp())
+
+
+def divergence_and_gradient(
+    student: Distribution, teacher: Distribution, divergence: Divergence
+) -> tuple[Tensor, Tensor]:
+    """The divergence of each row, and its gradient with respect to the student's logits.
+
+    With u = logits / T and q = softmax(u), dD/du = s - q sum(s), where s are the kind's slopes q dD/dq; T^2 from the
+    factor and 1 / T from u leave T.
+
+    Args:
+        student: softened by the divergence's temperature, [n, vocabulary].
+        teacher: the same.
+        divergence: which.
+
+    Returns:
+        [n], nats times T^2, and the gradient [n, vocabulary], a new tensor. Nothing is recorded for autograd.
+    """
+    with torch.no_grad():
+        terms, slopes = divergence.function.parts(teacher, student)
+        # Rounding can leave about -1e-7 where the two agree.
+        values = terms.sum(dim=-1).clamp_(min=0.0).mul_(divergence.temperature**2)
+        gradient = slopes.addcmul_(student.probabilities, slopes.sum(dim=-1, keepdim=True), value=-1.0)
+        return values, gradient if divergence.temperature == 1 else gradient.mul_(divergence.temperature)
+
+
+def divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    divergence: Divergence,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """The divergence of each token's distributions, softened by the temperature, times temperature squared.
+
+    An entry that both rule out (-inf: a padded vocabulary) is inert in value and gradient. The gradient is computed
+    along with the value and goes to the student alone; it has no second derivative.
+
+    Args:
+        student_logits: [n, vocabulary], floating point.
+        teacher_logits: [n, vocabulary], floating point; log-probabilities at temperature 1 are logits too.
+        divergence: which, and at what temperature; its docstring has the formulas.
+        weights: [n], at least 0, or None for 1 everywhere; a token of weight 0 is ignored, whatever its rows hold.
+
+    Returns:
+        [n], nats times T^2 (total variation has no unit); float64 where an input is float64, else float32. Never
+        negative. The forward KL is infinite where the student rules out what the teacher does not, the reverse KL
+        the other way round; the others are finite.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    if student_logits.dim() != 2 or student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"student_logits has shape {tuple(student_logits.shape)} and teacher_logits "
+            f"{tuple(teacher_logits.shape)}; wanted [n, vocabulary] for both"
+        )
+    if weights is not None and weights.shape != student_logits.shape[:1]:
+        raise ValueError(
+            f"weights has shape {tuple(weights.shape)} and student_logits {tuple(student_logits.shape)}; "
+            f"wanted one weight per example, ({student_logits.shape[0]},)"
+        )
+    ignored = None if weights is None else weights == 0
+    values: Tensor = _Dense.apply(student_logits, teacher_logits, divergence, ignored)  # type: ignore[no-untyped-call]
+    return values if weights is None else values * weights.to(values.dtype)
 
 
 def forward_kl(
@@ -48,29 +136,12 @@ def forward_kl(
             f"student_logits has shape {tuple(student_logits.shape)} and teacher_logprobs "
             f"{tuple(teacher_logprobs.shape)}; wanted [n, classes] for both"
         )
-    if weights is not None and weights.shape != student_logits.shape[:1]:
-        raise ValueError(
-            f"weights has shape {tuple(weights.shape)} and student_logits {tuple(student_logits.shape)}; "
-            f"wanted one weight per example, ({student_logits.shape[0]},)"
-        )
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}; wanted a finite number above 0")
-    dtype = torch.promote_types(_at_least_float32(student_logits), teacher_logprobs.dtype)
-    ignored = (teacher_logprobs == float("-inf")).all(dim=-1)
-    if weights is not None:
-        ignored = ignored | (weights == 0)
-    # An ignored row becomes two equal ones, of divergence 0. Filled before the log_softmax: its backward multiplies by
-    # the row's softmax, and 0 * NaN is NaN.
-    log_q = F.log_softmax(student_logits.to(dtype).masked_fill(ignored[:, None], 0.0) / temperature, dim=-1)
-    log_p = F.log_softmax(teacher_logprobs.to(dtype).masked_fill(ignored[:, None], 0.0) / temperature, dim=-1)
-    p = log_p.exp()
-    # Filled before the product, as 0 * inf is NaN in the value and in the gradient alike.
-    impossible = p == 0
-    divergence = (p * (log_p.masked_fill(impossible, 0.0) - log_q.masked_fill(impossible, 0.0))).sum(dim=-1)
-    # Rounding can leave about -1e-7 where the two agree; lifted to 0 without cutting off the gradient.
-    divergence = divergence - divergence.detach().clamp(max=0.0)
-    loss = divergence * temperature**2
-    return loss if weights is None else loss * weights.to(dtype)
+    known = (teacher_logprobs != float("-inf")).any(dim=-1)
+    if weights is None:
+        weights = known
+    elif weights.shape == known.shape:  # else refused by ``divergence``
+        weights = weights * known
+    return divergence(student_logits, teacher_logprobs, Divergence("forward_kl", temperature), weights)
 
 
 def cross_entropy(student_logits: Tensor, labels: Tensor) -> Tensor:
@@ -138,3 +209,28 @@ def masked_mean(values: Tensor, mask: Tensor, denominator: Tensor | None = None)
 
 def _at_least_float32(values: Tensor) -> torch.dtype:
     return torch.promote_types(values.dtype, torch.float32)
+
+
+class _Dense(torch.autograd.Function):
+    """Keeps the gradient, one [n, vocabulary] tensor, where autograd would keep every step of the formula."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student_logits: Tensor, teacher_logits: Tensor, divergence: Divergence, ignored: Tensor | None
+    ) -> Tensor:
+        dtype = torch.promote_types(_at_least_float32(student_logits), teacher_logits.dtype)
+        student = soften(student_logits.to(dtype), divergence.temperature)
+        teacher = soften(teacher_logits.to(dtype), divergence.temperature)
+        values, gradient = divergence_and_gradient(student, teacher, divergence)
+        if ignored is not None:
+            values.masked_fill_(ignored, 0.0)
+            gradient.masked_fill_(ignored[:, None], 0.0)
+        ctx.save_for_backward(gradient)
+        ctx.dtype = student_logits.dtype
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, output: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * output[:, None]).to(ctx.dtype), None, None, None
