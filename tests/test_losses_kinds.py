@@ -7,59 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attar.losses import KINDS, Divergence, divergence, forward_kl
+from divergences import ALL, at, by_torch, every, logits
 
 # The machine may be shared, and how long an example takes is not what is tested.
 settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
 
 INF = math.inf
-ALL = [
-    Divergence("forward_kl"),
-    Divergence("reverse_kl"),
-    Divergence("jsd"),
-    Divergence("jsd", beta=0.1),
-    Divergence("jsd", beta=0.0),
-    Divergence("jsd", beta=1.0),
-    Divergence("skewed_kl"),
-    Divergence("skewed_kl", alpha=0.6),
-    Divergence("skewed_kl", alpha=0.0),
-    Divergence("skewed_reverse_kl"),
-    Divergence("skewed_reverse_kl", alpha=0.6),
-    Divergence("skewed_reverse_kl", alpha=0.0),
-    Divergence("total_variation"),
-]
-every = pytest.mark.parametrize("which", ALL, ids=str)
-
-
-def at(which, temperature):
-    return Divergence(which.kind, temperature, which.alpha, which.beta)
-
-
-def logits(n, vocabulary, seed=0, dtype=torch.float64, scale=2.0):
-    return scale * torch.randn(n, vocabulary, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-
-
-def by_torch(student_logits, teacher_logits, which):
-    """The papers' formulas, from F.kl_div and autograd."""
-
-    def kl(a, b):
-        return F.kl_div(b.log(), a.log(), log_target=True, reduction="none").sum(-1)
-
-    q, p = (student_logits / which.temperature).softmax(-1), (teacher_logits / which.temperature).softmax(-1)
-    alpha = 0.1 if which.alpha is None else which.alpha
-    beta = 0.5 if which.beta is None else which.beta
-    m = beta * p + (1 - beta) * q
-    value = {
-        "forward_kl": lambda: kl(p, q),
-        "reverse_kl": lambda: kl(q, p),
-        "jsd": lambda: {0.0: kl(p, q), 1.0: kl(q, p)}.get(beta, beta * kl(p, m) + (1 - beta) * kl(q, m)),
-        "skewed_kl": lambda: kl(p, alpha * p + (1 - alpha) * q),
-        "skewed_reverse_kl": lambda: kl(q, (1 - alpha) * p + alpha * q),
-        "total_variation": lambda: (p - q).abs().sum(-1) / 2,
-    }[which.kind]()
-    return value * which.temperature**2
-
-
 rows = st.lists(st.floats(-30, 30, width=32), min_size=3, max_size=3)
 kinds = st.sampled_from(ALL)
 dtypes = st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64])

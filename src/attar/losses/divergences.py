@@ -23,6 +23,7 @@ __all__ = [
     "forward_kl",
     "masked_mean",
     "soften",
+    "total_weight",
 ]
 
 IGNORED = -100
@@ -195,16 +196,32 @@ def masked_mean(values: Tensor, mask: Tensor, denominator: Tensor | None = None)
     dtype = _at_least_float32(values)
     weights = mask.to(dtype)
     total = (values.to(dtype).masked_fill(weights == 0, 0.0) * weights).sum()
+    return total / total_weight(weights, denominator)
+
+
+def total_weight(weights: Tensor, denominator: Tensor | None = None) -> Tensor:
+    """What a sum over supervised values is divided by: the denominator if there is one, else the sum of the weights.
+
+    Args:
+        weights: [n], floating point, at least 0.
+        denominator: scalar, above 0.
+
+    Returns:
+        Scalar, of the weights' dtype and on their device.
+
+    Raises:
+        ValueError: nothing is supervised and no denominator is given, or the denominator is not above 0.
+    """
     if denominator is None:
         denominator = weights.sum()
         if not bool(denominator > 0):
             raise ValueError(
-                f"none of the {values.shape[0]} examples is supervised, so they have no mean; give the whole batch's "
+                f"none of the {weights.shape[0]} examples is supervised, so they have no mean; give the whole batch's "
                 "denominator, or leave the micro-batch out"
             )
     elif denominator.numel() != 1 or not bool(denominator > 0):
         raise ValueError(f"denominator is {denominator.tolist()}; wanted one number above 0")
-    return total / denominator.to(device=total.device, dtype=dtype).reshape(())
+    return denominator.to(device=weights.device, dtype=weights.dtype).reshape(())
 
 
 def _at_least_float32(values: Tensor) -> torch.dtype:
