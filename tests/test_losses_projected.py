@@ -17,6 +17,7 @@ from attar.losses import (
     projected_divergence,
     projected_loss,
 )
+from attar.losses.terms import Softened
 from divergences import (
     SHAPES,
     VOCABULARY,
@@ -157,7 +158,13 @@ def test_the_students_logits_are_shared():
     assert Products.count == 4
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 2, 5, 9, 10, 100, None])
+def test_the_students_distributions_are_shared():
+    student = Softened(normal(2, 3))
+    assert student.at(2.0) is student.at(2.0)
+    assert student.at(2.0) is not student.at(1.0)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 5, 9, 10, 100])
 def test_chunk_size_does_not_matter(chunk_tokens):
     hidden, head = normal(10, 4).requires_grad_(), make_head(4, seed=1, bias=True, padding=2)
     weights = torch.linspace(0.0, 2.0, 10)
