@@ -196,10 +196,16 @@ def test_killed_while_it_evaluates_it_ends_with_the_same_answers(done, tmp_path,
     assert [evaluation(job)[key] for key in same] == [evaluation(finished)[key] for key in same]
 
 
+# A shell that starts its tests in the background makes them ignore SIGINT, and a child inherits that.
+INTERRUPTIBLE = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from attar.cli import main; main()"
+)
+
+
 def test_ctrl_c_exits_130_and_the_same_command_goes_on(tmp_path):
     job = write_job(tmp_path, SCRIPTED)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
-    line = [sys.executable, "-c", "from attar.cli import main; main()", "train"]
+    line = [sys.executable, "-c", INTERRUPTIBLE, "train"]
     with subprocess.Popen(line, cwd=job, env=environment, stderr=subprocess.PIPE, text=True) as process:
         for printed in process.stderr:
             # The first of four models is trained: everything is imported, and there is work left.
