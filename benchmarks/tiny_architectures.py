@@ -57,15 +57,18 @@ class Bags(nn.Module):
         return SequenceClassifierOutput(logits=self.head(torch.cat(pooled, -1)))
 
 
+def token_table(tables):
+    """The teacher's reduced token embeddings, to be trained on."""
+    return nn.Embedding.from_pretrained(tables["tokens"][1].clone(), freeze=False)
+
+
 class Convolutions(nn.Module):
     """Kim 2014 (arXiv:1408.5882): windows of 1 to 4 tokens, the strongest answer of each filter."""
 
     def __init__(self, inputs, tables, student, labels):
         super().__init__()
         self.inputs = inputs
-        rows, start = tables["tokens"]
-        self.table = nn.Embedding(rows, student.width)
-        self.table.weight.data.copy_(start)
+        self.table = token_table(tables)
         self.windows = nn.ModuleList(nn.Conv1d(student.width, 96, size, padding=size - 1) for size in (1, 2, 3, 4))
         self.head = nn.Sequential(nn.Dropout(student.dropout), nn.Linear(4 * 96, labels))
 
@@ -81,9 +84,7 @@ class Attention(nn.Module):
     def __init__(self, inputs, tables, student, labels):
         super().__init__()
         self.inputs = inputs
-        rows, start = tables["tokens"]
-        self.table = nn.Embedding(rows, student.width)
-        self.table.weight.data.copy_(start)
+        self.table = token_table(tables)
         self.places = nn.Embedding(student.max_tokens, student.width)
         layer = nn.TransformerEncoderLayer(
             student.width, 4, 4 * student.width, student.dropout, "gelu", batch_first=True, norm_first=True

@@ -81,6 +81,14 @@ def test_changes_name_the_value(tmp_path):
         ({"task": "clasify"}, "nearest: classify"),
         ({"distill": {"objectives": [{"kind": "response", "temperature": 2}]}}, "temperature belongs to kind: logit"),
         ({"train": {"seeds": [1, 1]}}, "names a seed twice"),
+        (
+            {"teacher": {**MINIMAL["teacher"], "label_words": {"a-b": [True]}}},
+            "teacher.label_words.a-b.0: YAML reads this as True; a text is wanted, so put it in quotes",
+        ),
+        (
+            {"teacher": {**MINIMAL["teacher"], "prior": {"a": "many"}}},
+            "teacher.prior.a: 'many': input should be a valid number",
+        ),
     ],
 )
 def test_recipe_errors_name_key_and_cure(change, message):

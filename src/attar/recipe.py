@@ -310,7 +310,7 @@ def _explain(error: ValidationError) -> str:
     lines = []
     for item in error.errors():
         # A union adds the name of the branch that failed to the location; those are no keys of the user's.
-        location = [p for p in item["loc"] if isinstance(p, int) or (str(p).isidentifier() and p != "dict")]
+        location = [p for p in item["loc"] if isinstance(p, int) or "[" not in str(p)]
         key = ".".join(str(p) for p in location)
         if item["type"] == "extra_forbidden":
             owner = _model_at(location[:-1])
@@ -326,6 +326,8 @@ def _explain(error: ValidationError) -> str:
             options = [option.strip(" '") for option in expected.replace(" or ", ",").split(",")]
             hint = nearest(str(item["input"]), options)
             lines.append(f"{key}: {item['input']!r} is not allowed{hint}; allowed: {expected}")
+        elif item["type"] == "string_type" and isinstance(item["input"], bool | int | float):
+            lines.append(f"{key}: YAML reads this as {item['input']!r}; a text is wanted, so put it in quotes")
         else:
             lines.append(f"{key}: {item['input']!r}: {item['msg'][0].lower() + item['msg'][1:]}")
     return "; ".join(dict.fromkeys(lines))

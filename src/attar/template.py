@@ -25,7 +25,7 @@ data:
 
 teacher:
   model: hf:PATH-OF-YOUR-MODEL    # a folder that transformers loads, or hf:FILE.gguf
-  # label_words: {yes-label: [yes, sure, fine]}   # the words that are scored for a label; the first is shown
+  # label_words: {yes-label: ["yes", sure, fine]}   # the words that are scored for a label; the first is shown
   calibration: batch              # none | contextual | batch | prototypical (with several words a label)
   prior: estimated                # of the last two: estimated (from dev) | uniform | {label: share}
   prompts:                        # several are averaged
