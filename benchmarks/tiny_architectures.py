@@ -24,7 +24,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from attar import pipeline
 from attar.data.files import read_jsonl
 from attar.demo import demo_recipe
-from attar.engines.textclassifier import Bag, ngram_ids
+from attar.engines.textclassifier import ConvolutionNet, TinyConfig, ngram_ids
 from attar.progress import Silent
 from attar.signals.score import teacher_log_probs
 from attar.students.build import reduce_rows, teacher_table
@@ -33,23 +33,42 @@ from attar.train.stage import fit
 from attar.workspace import open_run
 
 
+class Bag(nn.Module):
+    """A mean of table rows, weighted by a learned importance of each row."""
+
+    def __init__(self, rows, width):
+        super().__init__()
+        self.table = nn.Embedding(rows, width)
+        nn.init.normal_(self.table.weight, std=0.3)
+        self.importance = nn.Embedding(rows, 1)
+        nn.init.zeros_(self.importance.weight)
+
+    def forward(self, ids, mask):
+        visible = mask != 0
+        if self.training:
+            kept = visible & (torch.rand(ids.shape) >= HIDDEN_SHARE)
+            visible = torch.where(kept.any(1, keepdim=True), kept, visible)
+        importance = self.importance(ids).squeeze(-1).masked_fill(~visible, float("-inf"))
+        return (importance.softmax(-1)[:, :, None] * self.table(ids)).sum(1)
+
+
 class Bags(nn.Module):
-    """Pooled token embeddings, pooled n-grams, or both: what attar's tiny student does."""
+    """Pooled token embeddings, pooled n-grams, or both, and one hidden layer."""
 
     def __init__(self, inputs, tables, student, labels):
         super().__init__()
         self.inputs = inputs
-        self.bags = nn.ModuleDict({name: Bag(tables[name][0], student.width, student.token_dropout) for name in inputs})
+        self.bags = nn.ModuleDict({name: Bag(tables[name][0], student.width) for name in inputs})
         if "tokens" in inputs:
             self.bags["tokens"].table.weight.data.copy_(tables["tokens"][1])
         width = student.width * len(inputs)
         self.head = nn.Sequential(
             nn.LayerNorm(width),
             nn.Dropout(student.dropout),
-            nn.Linear(width, student.hidden),
+            nn.Linear(width, 256),
             nn.GELU(),
             nn.Dropout(student.dropout),
-            nn.Linear(student.hidden, labels),
+            nn.Linear(256, labels),
         )
 
     def forward(self, **batch):
@@ -63,19 +82,33 @@ def token_table(tables):
 
 
 class Convolutions(nn.Module):
-    """Kim 2014 (arXiv:1408.5882): windows of 1 to 4 tokens, the strongest answer of each filter."""
+    """attar's tiny student, and beside it, where asked for, a bag of n-grams."""
 
     def __init__(self, inputs, tables, student, labels):
         super().__init__()
         self.inputs = inputs
-        self.table = token_table(tables)
-        self.windows = nn.ModuleList(nn.Conv1d(student.width, 96, size, padding=size - 1) for size in (1, 2, 3, 4))
-        self.head = nn.Sequential(nn.Dropout(student.dropout), nn.Linear(4 * 96, labels))
+        config = TinyConfig(
+            "convolutions",
+            ("",) * labels,
+            tables["tokens"][0],
+            student.width,
+            student.units,
+            student.dropout,
+            student.token_dropout or 0.0,
+            student.max_tokens,
+        )
+        self.convolutions = ConvolutionNet(config)
+        self.convolutions.table.weight.data.copy_(tables["tokens"][1])
+        self.grams = None
+        if "ngrams" in inputs:
+            self.grams = Bag(tables["ngrams"][0], student.width)
+            self.gram_head = nn.Sequential(nn.Dropout(student.dropout), nn.Linear(student.width, labels))
 
     def forward(self, **batch):
-        x = self.table(batch["tokens_ids"]) * batch["tokens_mask"][:, :, None]
-        strongest = [window(x.transpose(1, 2)).relu().amax(-1) for window in self.windows]
-        return SequenceClassifierOutput(logits=self.head(torch.cat(strongest, -1)))
+        logits = self.convolutions(batch["tokens_ids"], batch["tokens_mask"]).logits
+        if self.grams is not None:
+            logits = logits + self.gram_head(self.grams(batch["ngrams_ids"], batch["ngrams_mask"]))
+        return SequenceClassifierOutput(logits=logits)
 
 
 class Attention(nn.Module):
@@ -100,11 +133,15 @@ class Attention(nn.Module):
         return SequenceClassifierOutput(logits=self.head(pooled))
 
 
+# Share of a text's features that a step of training does not show to a bag.
+HIDDEN_SHARE = 0.3
+
 FORMS = {
     "tokens + n-grams": (Bags, ("ngrams", "tokens")),
     "n-grams": (Bags, ("ngrams",)),
     "tokens": (Bags, ("tokens",)),
     "convolutions": (Convolutions, ("tokens",)),
+    "convolutions + n-grams": (Convolutions, ("ngrams", "tokens")),
     "transformer": (Attention, ("tokens",)),
 }
 

@@ -26,7 +26,7 @@ task: classify
 data: {labels: [alpha, beta], pool: pool.jsonl, calibration: calibration.jsonl, test: test.jsonl}
 teacher: {model: "fakes:Keyword", prior: uniform, prompts: [{template: "{{ text }}"}]}
 curate: {val_size: 60}
-student: {form: ngrams, buckets: 256, width: 8, hidden: 8}
+student: {form: ngrams, buckets: 256, width: 8, units: 8}
 train: {epochs: 8, evaluations: 2, learning_rate: 0.02, seeds: [0, 1]}
 """
 
@@ -243,7 +243,7 @@ def language_model_job(folder, teacher, student, calibration="batch"):
 
 
 def test_a_white_box_teachers_embeddings_start_the_student(tmp_path, tiny_teacher):
-    job = language_model_job(tmp_path, tiny_teacher, "{form: embeddings, buckets: 128, width: 8, hidden: 8}")
+    job = language_model_job(tmp_path, tiny_teacher, "{form: convolutions, width: 8, units: 8}")
     folder = pipeline.run(load_recipe(job / "attar.yaml"))
     assert (folder / "export/student/seed-0/tokenizer.json").is_file()
     exported = sum(p.stat().st_size for p in (folder / "export/student/seed-0").iterdir())

@@ -21,7 +21,7 @@ task: classify
 data: {labels: [alpha, beta], pool: pool.jsonl, test: test.jsonl}
 teacher: {model: "fakes:Keyword", prior: uniform, prompts: [{template: "{{ text }}"}]}
 curate: {val_size: 60}
-student: {form: ngrams, buckets: 256, width: 8, hidden: 8}
+student: {form: ngrams, buckets: 256, width: 8, units: 8}
 train: {epochs: 2, evaluations: 4}
 """
 

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -9,9 +10,9 @@ from attar.engines.textclassifier import (
     HuggingFaceClassifier,
     TinyClassifier,
     TinyConfig,
-    TinyNet,
     load_text_classifier,
     log_probs,
+    tiny_net,
 )
 from attar.errors import TrainingError
 from attar.losses import IGNORED
@@ -109,10 +110,16 @@ def test_reduced_rows_keep_the_distances_of_a_flat_table():
     assert float(ratio.std() / ratio.mean()) < 1e-3
 
 
-def test_a_tiny_classifier_is_saved_and_loaded(tmp_path):
+@pytest.mark.parametrize("form", ["convolutions", "ngrams"])
+def test_a_tiny_classifier_is_saved_and_loaded(tmp_path, tiny_teacher, form):
     torch.manual_seed(0)
-    config = TinyConfig("ngrams", LABELS, 0, 64, 8, 8, 0.5, 0.5, 16)
-    classifier = TinyClassifier(config, TinyNet(config).eval(), None)
+    tokenizer = Tokenizer.from_file(str(tiny_teacher / "tokenizer.json")) if form == "convolutions" else None
+    rows = 64 if tokenizer is None else tokenizer.get_vocab_size()
+    config = TinyConfig(form, LABELS, rows, 8, 8, 0.5, 0.5, 16)
+    classifier = TinyClassifier(config, tiny_net(config).eval(), tokenizer)
+    if tokenizer is not None:
+        for window in classifier.module.windows:
+            torch.nn.init.ones_(window.bias)
     texts = ["turn off the lamp", "", "x" * 500]
     classifier.save(tmp_path, torch.float32)
     before = log_probs(classifier, texts)
@@ -171,7 +178,7 @@ def recipe_for(tmp_path, **changes):
         "task": "classify",
         "data": {"labels": ["alpha", "beta"], "pool": "p.jsonl", "test": "t.jsonl"},
         "teacher": {"model": "fakes:Keyword", "prior": "uniform", "prompts": [{"template": "{{ text }}"}]},
-        "student": {"form": "ngrams", "buckets": 64, "width": 4, "hidden": 4},
+        "student": {"form": "ngrams", "buckets": 64, "width": 4, "units": 4},
         "train": {"epochs": 1, "evaluations": 1, **changes.pop("train", {})},
         "run": {"folder": str(tmp_path / "run"), "device": "cpu"},
         **changes,

@@ -103,15 +103,18 @@ class Student(_Part):
 
     model: str = "tiny"
     """`tiny`, or `hf:FOLDER-or-NAME` of a sequence classifier"""
-    form: Literal["embeddings", "ngrams"] = "embeddings"
-    """of a tiny student: the teacher's token embeddings and hashed n-grams, or n-grams alone (any teacher)"""
+    form: Literal["convolutions", "ngrams"] = "convolutions"
+    """of a tiny student: convolutions over tokens, which start from the teacher's token embeddings, or a bag of hashed
+    n-grams (any teacher)"""
     width: Positive = 48
-    hidden: Positive = 256
+    """of a token's or n-gram's row"""
+    units: Positive = 96
+    """filters of each window of tokens, or units of the hidden layer over n-grams"""
     dropout: Share = 0.3
-    token_dropout: Share = 0.3
-    """share of a text's features that a training step does not see"""
+    token_dropout: Share | None = None
+    """share of a text's tokens or n-grams that a training step does not see; None: 0 of tokens, 0.3 of n-grams"""
     buckets: Positive = 16384
-    """rows of the hashed n-gram table"""
+    """rows that n-grams are hashed into"""
     max_tokens: Positive = 64
 
 

@@ -43,7 +43,7 @@ teacher:
 
 student:
   model: tiny                     # or hf:FOLDER of a sequence classifier
-  form: embeddings                # starts from the teacher's token embeddings; ngrams works with any teacher
+  form: convolutions              # starts from the teacher's token embeddings; ngrams works with any teacher
 
 distill:
   objectives:

@@ -24,9 +24,9 @@ from attar.errors import ModelError
 
 __all__ = [
     "CONFIG_FILE",
-    "Bag",
-    "Encoded",
+    "ConvolutionNet",
     "HuggingFaceClassifier",
+    "NgramNet",
     "TextClassifier",
     "TinyClassifier",
     "TinyConfig",
@@ -34,13 +34,10 @@ __all__ = [
     "load_text_classifier",
     "log_probs",
     "ngram_ids",
+    "tiny_net",
 ]
 
 CONFIG_FILE = "attar.json"
-
-
-Encoded = tuple[list[int], ...]
-"""the ids of one text, one list for each table that the network looks them up in"""
 
 
 class TextClassifier(Protocol):
@@ -54,10 +51,10 @@ class TextClassifier(Protocol):
     def module(self) -> nn.Module:
         """The network."""
 
-    def encode(self, text: str) -> Encoded:
-        """Ids of one text, at least one in each list."""
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text, at least one."""
 
-    def collate(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+    def collate(self, rows: Sequence[list[int]]) -> dict[str, Tensor]:
         """The module's input for some texts, padded."""
 
     def save(self, folder: Path, dtype: torch.dtype) -> None:
@@ -87,67 +84,90 @@ def _pad(rows: Sequence[list[int]], padding: int) -> tuple[Tensor, Tensor]:
 class TinyConfig:
     """Everything that shapes a tiny classifier."""
 
-    form: Literal["embeddings", "ngrams"]
+    form: Literal["convolutions", "ngrams"]
     labels: tuple[str, ...]
-    tokens: int
-    """rows of the token table: the tokenizer's vocabulary; 0 for the form ``ngrams``"""
-    buckets: int
-    """rows of the hashed n-gram table"""
+    rows: int
+    """of the table: the tokenizer's vocabulary, or the buckets that n-grams are hashed into"""
     width: int
-    hidden: int
+    """of a row"""
+    units: int
+    """filters of each window, or units of the hidden layer"""
     dropout: float
     token_dropout: float
     max_tokens: int
 
 
-class Bag(nn.Module):
-    """A mean of table rows, weighted by a learned importance of each row."""
-
-    def __init__(self, rows: int, width: int, token_dropout: float) -> None:
-        super().__init__()
-        self.table = nn.Embedding(rows, width)
-        nn.init.normal_(self.table.weight, std=0.3)
-        self.importance = nn.Embedding(rows, 1)
-        nn.init.zeros_(self.importance.weight)
-        self._token_dropout = token_dropout
-
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """[texts, width] from ids and mask [texts, ids]."""
-        visible = mask != 0
-        if self.training and self._token_dropout:
-            kept = visible & (torch.rand(ids.shape, device=ids.device) >= self._token_dropout)
-            visible = torch.where(kept.any(1, keepdim=True), kept, visible)
-        importance = self.importance(ids).squeeze(-1).masked_fill(~visible, float("-inf"))
-        pooled: Tensor = (importance.softmax(-1)[:, :, None] * self.table(ids)).sum(1)
-        return pooled
+def _drop(mask: Tensor, share: float) -> Tensor:
+    """What stays visible, bool [texts, ids], when this share of a text's features is hidden; never nothing."""
+    visible = mask != 0
+    if not share:
+        return visible
+    kept = visible & (torch.rand(mask.shape, device=mask.device) >= share)
+    return torch.where(kept.any(1, keepdim=True), kept, visible)
 
 
-class TinyNet(nn.Module):
-    """Bags of tokens and of hashed n-grams, side by side, then one hidden layer."""
+class ConvolutionNet(nn.Module):
+    """Windows of 1 to 4 tokens, of each filter its strongest answer (Kim 2014, arXiv:1408.5882)."""
 
     def __init__(self, config: TinyConfig) -> None:
         super().__init__()
-        self.bags = nn.ModuleDict({"ngrams": Bag(config.buckets, config.width, config.token_dropout)})
-        if config.form == "embeddings":
-            self.bags["tokens"] = Bag(config.tokens, config.width, config.token_dropout)
-        width = config.width * len(self.bags)
+        self.table = nn.Embedding(config.rows, config.width)
+        self.windows = nn.ModuleList(nn.Conv1d(config.width, config.units, size, padding=size - 1) for size in _WINDOWS)
         self.head = nn.Sequential(
-            nn.LayerNorm(width),
+            nn.Dropout(config.dropout), nn.Linear(len(_WINDOWS) * config.units, len(config.labels))
+        )
+        self._token_dropout = config.token_dropout
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SequenceClassifierOutput:
+        """Logits [texts, labels] from ids and mask [texts, tokens]."""
+        visible = _drop(attention_mask, self._token_dropout if self.training else 0.0)
+        rows = (self.table(input_ids) * visible[:, :, None]).transpose(1, 2)
+        strongest = []
+        for size, window in zip(_WINDOWS, self.windows, strict=True):
+            # A window that lies on padding alone does not count: its bias would make the answer depend on the batch.
+            reached = nn.functional.pad(attention_mask, (size - 1, 0), value=1)
+            strongest.append((window(rows).relu() * reached[:, None]).amax(-1))
+        return SequenceClassifierOutput(logits=self.head(torch.cat(strongest, -1)))
+
+
+class NgramNet(nn.Module):
+    """A mean of hashed n-grams, weighted by a learned importance of each row, then one hidden layer."""
+
+    def __init__(self, config: TinyConfig) -> None:
+        super().__init__()
+        self.table = nn.Embedding(config.rows, config.width)
+        nn.init.normal_(self.table.weight, std=0.3)
+        self.importance = nn.Embedding(config.rows, 1)
+        nn.init.zeros_(self.importance.weight)
+        self.head = nn.Sequential(
+            nn.LayerNorm(config.width),
             nn.Dropout(config.dropout),
-            nn.Linear(width, config.hidden),
+            nn.Linear(config.width, config.units),
             nn.GELU(),
             nn.Dropout(config.dropout),
-            nn.Linear(config.hidden, len(config.labels)),
+            nn.Linear(config.units, len(config.labels)),
         )
+        self._token_dropout = config.token_dropout
 
-    def start_tokens_from(self, rows: Tensor) -> None:
-        """Put these rows [tokens, width] into the token table."""
-        self.bags["tokens"].get_submodule("table").get_parameter("weight").data.copy_(rows)
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SequenceClassifierOutput:
+        """Logits [texts, labels] from ids and mask [texts, n-grams]."""
+        visible = _drop(attention_mask, self._token_dropout if self.training else 0.0)
+        importance = self.importance(input_ids).squeeze(-1).masked_fill(~visible, float("-inf"))
+        pooled = (importance.softmax(-1)[:, :, None] * self.table(input_ids)).sum(1)
+        return SequenceClassifierOutput(logits=self.head(pooled))
 
-    def forward(self, **inputs: Tensor) -> SequenceClassifierOutput:
-        """Logits [texts, labels] from ``<bag>_ids`` and ``<bag>_mask`` [texts, ids] of each bag."""
-        pooled = [bag(inputs[f"{name}_ids"], inputs[f"{name}_mask"]) for name, bag in self.bags.items()]
-        return SequenceClassifierOutput(logits=self.head(torch.cat(pooled, -1)))
+
+TinyNet = ConvolutionNet | NgramNet
+_WINDOWS = (1, 2, 3, 4)
+_FORMS: dict[str, type[TinyNet]] = {"convolutions": ConvolutionNet, "ngrams": NgramNet}
+
+
+def tiny_net(config: TinyConfig, rows: Tensor | None = None) -> TinyNet:
+    """A new network; ``rows`` [rows, width] is what its table starts from."""
+    module = _FORMS[config.form](config)
+    if rows is not None:
+        module.table.weight.data.copy_(rows)
+    return module
 
 
 def ngram_ids(text: str, buckets: int) -> list[int]:
@@ -165,7 +185,7 @@ _NGRAMS_PER_TOKEN = 16
 
 
 class TinyClassifier:
-    """A :class:`TinyNet` with its features."""
+    """A tiny network and what its ids mean: tokens where it has a tokenizer, else n-grams."""
 
     def __init__(self, config: TinyConfig, module: TinyNet, tokenizer: Tokenizer | None) -> None:
         self.config = config
@@ -173,21 +193,18 @@ class TinyClassifier:
         self.module = module
         self._tokenizer = tokenizer
 
-    def encode(self, text: str) -> Encoded:
-        """N-gram ids and, for the form ``embeddings``, token ids; an empty text gets id 0."""
-        grams = ngram_ids(text, self.config.buckets)[: _NGRAMS_PER_TOKEN * self.config.max_tokens] or [0]
+    def encode(self, text: str) -> list[int]:
+        """Token or n-gram ids; an empty text gets id 0."""
         if self._tokenizer is None:
-            return (grams,)
+            return ngram_ids(text, self.config.rows)[: _NGRAMS_PER_TOKEN * self.config.max_tokens] or [0]
         # After a space, so that the first word is the same token as in the middle of a sentence.
         ids: list[int] = self._tokenizer.encode(" " + text.lower(), add_special_tokens=False).ids
-        return grams, ids[: self.config.max_tokens] or [0]
+        return ids[: self.config.max_tokens] or [0]
 
-    def collate(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+    def collate(self, rows: Sequence[list[int]]) -> dict[str, Tensor]:
         """Pad with id 0, which the mask hides."""
-        batch = {}
-        for name, lists in zip(self.module.bags, zip(*rows, strict=True), strict=True):
-            batch[f"{name}_ids"], batch[f"{name}_mask"] = _pad(lists, 0)
-        return batch
+        ids, mask = _pad(rows, 0)
+        return {"input_ids": ids, "attention_mask": mask}
 
     def save(self, folder: Path, dtype: torch.dtype) -> None:
         """Write weights, configuration and tokenizer."""
@@ -203,10 +220,10 @@ class TinyClassifier:
         values = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
         values.pop("kind")
         config = TinyConfig(**{**values, "labels": tuple(values["labels"])})
-        module = TinyNet(config)
+        module = tiny_net(config)
         state = load_file(folder / "model.safetensors")
         module.load_state_dict({name: value.float() for name, value in state.items()})
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json")) if config.form == "embeddings" else None
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json")) if config.form == "convolutions" else None
         return cls(config, module.eval(), tokenizer)
 
 
@@ -219,13 +236,14 @@ class HuggingFaceClassifier:
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
 
-    def encode(self, text: str) -> Encoded:
+    def encode(self, text: str) -> list[int]:
         """Ids with the tokenizer's own special tokens, cut at the longest input."""
-        return (self._tokenizer(text, truncation=True, max_length=self._max_tokens).input_ids,)
+        ids: list[int] = self._tokenizer(text, truncation=True, max_length=self._max_tokens).input_ids
+        return ids
 
-    def collate(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+    def collate(self, rows: Sequence[list[int]]) -> dict[str, Tensor]:
         """Pad on the right with the tokenizer's padding token."""
-        ids, mask = _pad([row[0] for row in rows], self._tokenizer.pad_token_id)
+        ids, mask = _pad(rows, self._tokenizer.pad_token_id)
         return {"input_ids": ids, "attention_mask": mask}
 
     def save(self, folder: Path, dtype: torch.dtype) -> None:

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from attar.engines.textclassifier import HuggingFaceClassifier, TextClassifier, TinyClassifier, TinyConfig, TinyNet
+from attar.engines.textclassifier import HuggingFaceClassifier, TextClassifier, TinyClassifier, TinyConfig, tiny_net
 from attar.errors import CapabilityError, ModelError
 from attar.recipe import Recipe
 
@@ -46,13 +46,17 @@ def teacher_table(recipe: Recipe) -> tuple[Tensor, Tokenizer]:
     engine = load_teacher(recipe)
     if not isinstance(engine, LocalEngine):
         raise CapabilityError(
-            f"student.form: embeddings starts from the teacher's weights, and {recipe.teacher.model} shows none; "
+            f"student.form: convolutions starts from the teacher's weights, and {recipe.teacher.model} shows none; "
             "set student.form: ngrams"
         )
     backend = getattr(engine.tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ModelError(f"the tokenizer of {recipe.teacher.model} is not a fast one; set student.form: ngrams")
     return engine.model.get_input_embeddings().weight.detach().float().cpu(), backend
+
+
+# Hiding tokens from convolutions costs more than it gives; a bag of n-grams needs it (docs/students.md).
+_TOKEN_DROPOUT = {"convolutions": 0.0, "ngrams": 0.3}
 
 
 class _Builder:
@@ -71,33 +75,27 @@ class _Builder:
             return HuggingFaceClassifier.from_pretrained(
                 str(path) if path.exists() else name, recipe.data.labels, student.max_tokens
             )
-        tokenizer = None
-        tokens = 0
-        if student.form == "embeddings":
-            if self._start is None:
-                table, tokenizer = teacher_table(recipe)
-                if student.width > table.shape[1]:
-                    raise CapabilityError(
-                        f"student.width: {student.width} is more than the teacher's {table.shape[1]} dimensions"
-                    )
-                self._start = reduce_rows(table, student.width), tokenizer
-            table, tokenizer = self._start
-            tokens = len(table)
+        rows, tokenizer = self._teacher_rows() if student.form == "convolutions" else (None, None)
         config = TinyConfig(
             form=student.form,
             labels=recipe.data.labels,
-            tokens=tokens,
-            buckets=student.buckets,
+            rows=student.buckets if rows is None else len(rows),
             width=student.width,
-            hidden=student.hidden,
+            units=student.units,
             dropout=student.dropout,
-            token_dropout=student.token_dropout,
+            token_dropout=_TOKEN_DROPOUT[student.form] if student.token_dropout is None else student.token_dropout,
             max_tokens=student.max_tokens,
         )
-        module = TinyNet(config)
-        if self._start is not None:
-            module.start_tokens_from(self._start[0])
-        return TinyClassifier(config, module, tokenizer)
+        return TinyClassifier(config, tiny_net(config, rows), tokenizer)
+
+    def _teacher_rows(self) -> tuple[Tensor, Tokenizer]:
+        if self._start is None:
+            table, tokenizer = teacher_table(self._recipe)
+            width = self._recipe.student.width
+            if width > table.shape[1]:
+                raise CapabilityError(f"student.width: {width} is more than the teacher's {table.shape[1]} dimensions")
+            self._start = reduce_rows(table, width), tokenizer
+        return self._start
 
 
 def build_classifier(recipe: Recipe) -> _Builder:
