@@ -10,7 +10,7 @@ from typing import Any
 from attar.data.files import read_examples, write_examples
 from attar.data.types import Example
 from attar.errors import DataError, PreflightRefused
-from attar.recipe import Recipe
+from attar.recipe import ClassifyRecipe
 from attar.workspace import Run
 
 __all__ = ["curate", "read_sources"]
@@ -21,7 +21,7 @@ def _key(text: str) -> str:
     return re.sub(r"\W+", " ", text.casefold()).strip()
 
 
-def read_sources(recipe: Recipe) -> tuple[dict[str, list[Example]], Counter[str]]:
+def read_sources(recipe: ClassifyRecipe) -> tuple[dict[str, list[Example]], Counter[str]]:
     """Read every file that the recipe names.
 
     Returns:
@@ -72,7 +72,7 @@ def refuse_leaks(sources: dict[str, list[Example]]) -> None:
             )
 
 
-def curate(recipe: Recipe, run: Run) -> dict[str, Any]:
+def curate(recipe: ClassifyRecipe, run: Run) -> dict[str, Any]:
     """Read, check, deduplicate and split.
 
     Raises:

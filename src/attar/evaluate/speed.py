@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from attar.errors import RunError
-from attar.recipe import Recipe
+from attar.recipe import ClassifyRecipe
 
 __all__ = ["measure"]
 
 _WARM_UP = 5
 
 
-def measure(recipe: Recipe, folder: Path | None, calibration: dict[str, Any], texts: list[str]) -> dict[str, Any]:
+def measure(
+    recipe: ClassifyRecipe, folder: Path | None, calibration: dict[str, Any], texts: list[str]
+) -> dict[str, Any]:
     """Measure an arm.
 
     Returns:
@@ -70,9 +72,9 @@ def _resident_mb() -> float:
 def _worker() -> None:
     job = json.load(sys.stdin)
     from attar.evaluate.tasks import open_arm
-    from attar.recipe import parse_recipe
+    from attar.recipe import ClassifyRecipe
 
-    recipe = parse_recipe(job["recipe"], "recipe")
+    recipe = ClassifyRecipe.model_validate(job["recipe"])
     folder = Path(job["folder"]) if job["folder"] else None
     if folder is None or not (folder / "idf.npy").is_file():
         import os

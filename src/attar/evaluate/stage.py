@@ -25,7 +25,7 @@ from attar.evaluate.speed import measure
 from attar.evaluate.tasks import fit_temperature, open_arm
 from attar.grading.labels import accuracy_scores, confusions_added, macro_f1, per_class
 from attar.progress import track
-from attar.recipe import Recipe
+from attar.recipe import ClassifyRecipe
 from attar.workspace import Run, write_atomic, write_json
 
 __all__ = ["evaluate"]
@@ -44,14 +44,14 @@ _ANSWERED_AT_ONCE = 64
 class _Cases:
     """The labelled cases of one split."""
 
-    def __init__(self, recipe: Recipe, run: Run, split: str) -> None:
+    def __init__(self, recipe: ClassifyRecipe, run: Run, split: str) -> None:
         rows = read_jsonl(run.path("data", f"{split}.jsonl"))
         self.texts: list[str] = [row["text"] for row in rows]
         self.gold: list[str] = [row["label"] for row in rows]
         self.numbers = np.array([recipe.data.labels.index(label) for label in self.gold], dtype=np.int64)
 
 
-def _folders(recipe: Recipe, run: Run) -> dict[str, list[Path | None]]:
+def _folders(recipe: ClassifyRecipe, run: Run) -> dict[str, list[Path | None]]:
     """Arm -> the folder of each of its seeds; None is the teacher."""
     arms: dict[str, list[Path | None]] = {"teacher": [None]}
     if recipe.evaluate.baseline:
@@ -62,7 +62,7 @@ def _folders(recipe: Recipe, run: Run) -> dict[str, list[Path | None]]:
 
 
 def _answers(
-    recipe: Recipe,
+    recipe: ClassifyRecipe,
     run: Run,
     arm: str,
     folders: Sequence[Path | None],
@@ -96,7 +96,7 @@ def _answers(
 
 
 def _speed(
-    recipe: Recipe, run: Run, arm: str, folder: Path | None, calibration: dict[str, Any], texts: list[str]
+    recipe: ClassifyRecipe, run: Run, arm: str, folder: Path | None, calibration: dict[str, Any], texts: list[str]
 ) -> dict[str, Any]:
     path = run.path("evaluate", "speed", f"{arm}.json")
     if not path.exists():
@@ -106,7 +106,7 @@ def _speed(
     return result
 
 
-def evaluate(recipe: Recipe, run: Run) -> dict[str, Any]:
+def evaluate(recipe: ClassifyRecipe, run: Run) -> dict[str, Any]:
     """Ask, grade, measure, compare, decide; writes ``evaluate/evaluation.json``."""
     settings, labels = recipe.evaluate, recipe.data.labels
     bootstrap: dict[str, Any] = {
@@ -259,7 +259,7 @@ def evaluate(recipe: Recipe, run: Run) -> dict[str, Any]:
 
 
 def _disagreements(
-    recipe: Recipe, test: _Cases, predicted: dict[str, list[list[str]]], probabilities: dict[str, Floats]
+    recipe: ClassifyRecipe, test: _Cases, predicted: dict[str, list[list[str]]], probabilities: dict[str, Floats]
 ) -> list[dict[str, Any]]:
     """Cases where student and teacher differ, the largest total variation first."""
     teacher, student = probabilities["teacher"][0], probabilities["student"][0]
@@ -290,7 +290,7 @@ def _size_mb(path: Path) -> float:
     return sum(file.stat().st_size for file in files) / 1e6
 
 
-def _about(recipe: Recipe, arm: str) -> str:
+def _about(recipe: ClassifyRecipe, arm: str) -> str:
     teacher, student = recipe.teacher, recipe.student
     scripted = "" if teacher.model.startswith("hf:") else "scripted or user-made engine, "
     return {
@@ -301,7 +301,7 @@ def _about(recipe: Recipe, arm: str) -> str:
     }[arm]
 
 
-def _provenance(recipe: Recipe, run: Run) -> dict[str, Any]:
+def _provenance(recipe: ClassifyRecipe, run: Run) -> dict[str, Any]:
     versions = {"attar": __version__, "python": platform.python_version()}
     for package in ("torch", "transformers", "tokenizers", "numpy", "scikit-learn"):
         try:
@@ -324,7 +324,7 @@ def _provenance(recipe: Recipe, run: Run) -> dict[str, Any]:
     }
 
 
-def _limits(recipe: Recipe, cases: int, has_calibration: bool) -> list[str]:
+def _limits(recipe: ClassifyRecipe, cases: int, has_calibration: bool) -> list[str]:
     seeds = len(recipe.train.seeds)
     limits = [
         f"Quality is measured on {cases} labelled cases; a difference smaller than the intervals cannot be seen.",

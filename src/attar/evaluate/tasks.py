@@ -15,7 +15,7 @@ from attar.data.types import Part
 from attar.engines.base import Engine
 from attar.engines.classifier import load_classifier
 from attar.engines.load import load_teacher
-from attar.recipe import Recipe
+from attar.recipe import ClassifyRecipe
 from attar.signals.calibration import Calibration
 from attar.signals.labels import LabelQuestion
 
@@ -34,7 +34,7 @@ class Arm(Protocol):
 
 
 class _TeacherArm:
-    def __init__(self, recipe: Recipe, calibration: Calibration) -> None:
+    def __init__(self, recipe: ClassifyRecipe, calibration: Calibration) -> None:
         self.engine = load_teacher(recipe)
         self._question = LabelQuestion(recipe)
         self._calibration = calibration
@@ -45,7 +45,7 @@ class _TeacherArm:
 
 
 class _ClassifierArm:
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
+    def __init__(self, recipe: ClassifyRecipe, folder: Path) -> None:
         self.engine: Engine = load_classifier(folder)
         self._labels = recipe.data.labels
 
@@ -54,7 +54,7 @@ class _ClassifierArm:
         return scores.log_probs.astype(np.float64), int(scores.prompt_tokens.sum())
 
 
-def open_arm(recipe: Recipe, folder: Path | None, calibration: dict[str, Any]) -> Arm:
+def open_arm(recipe: ClassifyRecipe, folder: Path | None, calibration: dict[str, Any]) -> Arm:
     """Load an arm: a trained classifier from its folder, or the teacher (``folder`` None) with its calibration."""
     if folder is not None:
         return _ClassifierArm(recipe, folder)

@@ -8,12 +8,12 @@ from typing import Any, Literal
 import numpy as np
 
 from attar.evaluate.stats import Estimate, ratio_of_means
-from attar.recipe import Evaluate
+from attar.recipe import ClassifyEvaluate, Evaluate
 
 __all__ = ["break_even", "cost_per_request", "cost_ratio", "verdict"]
 
 
-def cost_per_request(settings: Evaluate, seconds: Sequence[float], api_tokens: float | None) -> list[float]:
+def cost_per_request(settings: ClassifyEvaluate, seconds: Sequence[float], api_tokens: float | None) -> list[float]:
     """US dollars for one request, one value a round of the throughput measurement.
 
     Args:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from scipy.special import log_softmax, logsumexp
 
 from attar.errors import RunError
-from attar.recipe import Recipe
+from attar.recipe import ClassifyRecipe
 
 __all__ = ["Calibration", "fit_calibration", "prior_shares"]
 
@@ -52,7 +52,7 @@ def _flat(raw: npt.NDArray[np.float32]) -> Floats:
     return raw.reshape(len(raw), -1).astype(np.float64)
 
 
-def prior_shares(recipe: Recipe, dev_labels: Iterable[str | None]) -> Floats:
+def prior_shares(recipe: ClassifyRecipe, dev_labels: Iterable[str | None]) -> Floats:
     """The share of each label that a calibration to the prior aims at, [labels]."""
     labels = recipe.data.labels
     prior = recipe.teacher.prior
@@ -142,7 +142,7 @@ def _prototypes(scores: Floats, start: Floats, prior: Floats, *, ridge: float = 
 
 
 def fit_calibration(
-    recipe: Recipe,
+    recipe: ClassifyRecipe,
     owners: Sequence[int],
     raw: npt.NDArray[np.float32],
     content_free: npt.NDArray[np.float32],

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from attar.data.types import Prompt
 from attar.engines.base import Engine, need
 from attar.errors import RunError
-from attar.recipe import Recipe
+from attar.recipe import ClassifyRecipe
 from attar.tokens import render_prompt
 
 __all__ = ["LabelQuestion"]
@@ -21,7 +21,7 @@ __all__ = ["LabelQuestion"]
 class LabelQuestion:
     """How a teacher is asked which label a request has."""
 
-    recipe: Recipe
+    recipe: ClassifyRecipe
 
     @property
     def words(self) -> dict[str, tuple[str, ...]]:

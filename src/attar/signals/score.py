@@ -12,7 +12,7 @@ import numpy as np
 from attar.data.files import read_jsonl
 from attar.engines.load import load_teacher, teacher_files
 from attar.progress import track
-from attar.recipe import Recipe
+from attar.recipe import ClassifyRecipe
 from attar.signals.calibration import Calibration, fit_calibration, prior_shares
 from attar.signals.labels import LabelQuestion
 from attar.signals.store import SignalStore
@@ -25,7 +25,7 @@ SHARD = 128
 CONTENT_FREE = "content-free:"
 
 
-def open_store(recipe: Recipe, run: Run) -> SignalStore:
+def open_store(recipe: ClassifyRecipe, run: Run) -> SignalStore:
     """The store of the teacher's raw scores of words, [examples, prompts, words] by example id."""
     question = LabelQuestion(recipe)
     teacher = recipe.teacher
@@ -42,7 +42,7 @@ def open_store(recipe: Recipe, run: Run) -> SignalStore:
     )
 
 
-def score(recipe: Recipe, run: Run) -> dict[str, Any]:
+def score(recipe: ClassifyRecipe, run: Run) -> dict[str, Any]:
     """Ask the teacher about every request of train and val, once; goes on after the last whole shard."""
     store = open_store(recipe, run)
     rows = [row for split in ("train", "val") for row in read_jsonl(run.path("data", f"{split}.jsonl"))]
@@ -63,7 +63,7 @@ def score(recipe: Recipe, run: Run) -> dict[str, Any]:
     return {"examples": len(wanted), "tokens": store.tokens, "seconds_now": round(time.perf_counter() - started, 1)}
 
 
-def calibrate(recipe: Recipe, run: Run) -> dict[str, Any]:
+def calibrate(recipe: ClassifyRecipe, run: Run) -> dict[str, Any]:
     """Fit the calibration on train and val, freeze it, and write the calibrated log-probabilities."""
     store = open_store(recipe, run)
     ids = {split: [row["id"] for row in read_jsonl(run.path("data", f"{split}.jsonl"))] for split in ("train", "val")}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attar.engines.textclassifier import HuggingFaceClassifier, TextClassifier, TinyClassifier, TinyConfig, tiny_net
 from attar.errors import CapabilityError, ModelError
-from attar.recipe import Recipe
+from attar.recipe import ClassifyRecipe
 
 __all__ = ["build_classifier", "reduce_rows", "teacher_table"]
 
@@ -38,7 +38,7 @@ def reduce_rows(table: Tensor, width: int) -> Tensor:
     return rows
 
 
-def teacher_table(recipe: Recipe) -> tuple[Tensor, Tokenizer]:
+def teacher_table(recipe: ClassifyRecipe) -> tuple[Tensor, Tokenizer]:
     """The teacher's token embeddings [vocabulary, width], and its tokenizer."""
     from attar.engines.load import load_teacher
     from attar.engines.local import LocalEngine
@@ -62,7 +62,7 @@ _TOKEN_DROPOUT = {"convolutions": 0.0, "ngrams": 0.3}
 class _Builder:
     """Keeps what is the same for every seed."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: ClassifyRecipe) -> None:
         self._recipe = recipe
         self._start: tuple[Tensor, Tokenizer] | None = None
 
@@ -98,7 +98,7 @@ class _Builder:
         return self._start
 
 
-def build_classifier(recipe: Recipe) -> _Builder:
+def build_classifier(recipe: ClassifyRecipe) -> _Builder:
     """A function of the seed that makes the student; the teacher is loaded at most once.
 
     Raises (when called):

@@ -11,7 +11,7 @@ import torch
 from attar.data.files import read_jsonl
 from attar.engines.textclassifier import load_text_classifier, log_probs
 from attar.errors import RunError
-from attar.recipe import Recipe
+from attar.recipe import ClassifyRecipe
 from attar.workspace import Run, replace_folder
 
 __all__ = ["export"]
@@ -20,7 +20,7 @@ __all__ = ["export"]
 _TOLERANCE = {"float32": (1e-5, 1.0), "float16": (5e-2, 0.99)}
 
 
-def export(recipe: Recipe, run: Run) -> dict[str, Any]:
+def export(recipe: ClassifyRecipe, run: Run) -> dict[str, Any]:
     """Export student and control of every seed.
 
     Raises:

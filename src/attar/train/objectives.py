@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attar.losses import IGNORED, cross_entropy, forward_kl
-from attar.recipe import Objective as ObjectiveSpec
+from attar.recipe.classify import Objective as ObjectiveSpec
 
 __all__ = ["GOLD", "TEACHER", "Logit", "Objective", "Response", "from_recipe"]
 

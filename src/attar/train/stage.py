@@ -20,7 +20,7 @@ from attar.engines.textclassifier import TextClassifier
 from attar.errors import MissingExtra, RecipeError
 from attar.losses import IGNORED
 from attar.progress import Step, track
-from attar.recipe import Recipe
+from attar.recipe import ClassifyRecipe
 from attar.signals.score import teacher_log_probs
 from attar.students.build import build_classifier
 from attar.train.objectives import GOLD, TEACHER, Objective, Response, from_recipe
@@ -64,7 +64,7 @@ def _collate(classifier: TextClassifier) -> Any:
     return collate
 
 
-def _arguments(recipe: Recipe, folder: Path, seed: int, examples: int) -> TrainingArguments:
+def _arguments(recipe: ClassifyRecipe, folder: Path, seed: int, examples: int) -> TrainingArguments:
     train = recipe.train
     steps_an_epoch = -(-examples // (train.batch_size * train.gradient_accumulation_steps))
     steps = max(1, round(train.epochs * steps_an_epoch))
@@ -104,7 +104,7 @@ def _arguments(recipe: Recipe, folder: Path, seed: int, examples: int) -> Traini
 
 
 def fit(
-    recipe: Recipe, run: Run, classifier: TextClassifier, objectives: Sequence[Objective], work: Path, seed: int
+    recipe: ClassifyRecipe, run: Run, classifier: TextClassifier, objectives: Sequence[Objective], work: Path, seed: int
 ) -> list[dict[str, float]]:
     """Train in place, going on from the last whole checkpoint; returns the curves."""
     from transformers import TrainerCallback
@@ -153,7 +153,7 @@ def fit(
     return [points[step] for step in sorted(points)]
 
 
-def train(recipe: Recipe, run: Run) -> dict[str, Any]:
+def train(recipe: ClassifyRecipe, run: Run) -> dict[str, Any]:
     """Train every arm and seed that is not there yet."""
     objectives = [from_recipe(spec) for spec in recipe.distill.objectives]
     control = control_objectives(objectives)

@@ -1,4 +1,4 @@
-"""What can be known before time is spent (`attar check`)."""
+"""What can be known of a classifier's job."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -16,11 +15,12 @@ from attar.collect.curate import read_sources, refuse_leaks
 from attar.data.types import Example
 from attar.engines.load import teacher_files
 from attar.errors import AttarError
-from attar.recipe import Recipe
+from attar.preflight.findings import Finding
+from attar.recipe import ClassifyRecipe
 from attar.signals.labels import LabelQuestion
 from attar.tokens import encode_plain, encode_prompt
 
-__all__ = ["Finding", "check"]
+__all__ = ["check"]
 
 # A verdict on fewer cases has an interval too wide for the default thresholds.
 _FEW_CASES = 100
@@ -28,15 +28,7 @@ _FEW_CASES = 100
 _TOKENS_TIMES_PARAMETERS_PER_S = 450 * 135e6
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was found; ``refuse`` stops a run, ``warn`` asks for a look."""
-
-    level: Literal["ok", "warn", "refuse"]
-    message: str
-
-
-def check(recipe: Recipe) -> list[Finding]:
+def check(recipe: ClassifyRecipe) -> list[Finding]:
     """Look at files, labels, prompts, the teacher's limits, and what the run will take; loads no weights."""
     findings: list[Finding] = []
     try:
@@ -53,7 +45,7 @@ def check(recipe: Recipe) -> list[Finding]:
     return findings
 
 
-def _data(recipe: Recipe, sources: dict[str, list[Example]], dropped: Counter[str]) -> Iterator[Finding]:
+def _data(recipe: ClassifyRecipe, sources: dict[str, list[Example]], dropped: Counter[str]) -> Iterator[Finding]:
     counts = {split: len(examples) for split, examples in sources.items() if examples}
     yield Finding("ok", "rows: " + ", ".join(f"{split} {n}" for split, n in counts.items()))
     for reason, n in dropped.items():
@@ -83,7 +75,7 @@ def _data(recipe: Recipe, sources: dict[str, list[Example]], dropped: Counter[st
         yield Finding("warn", f"{gold} rows of data.pool have gold labels that no objective uses")
 
 
-def _teacher(recipe: Recipe, place: Path, sources: dict[str, list[Example]]) -> Iterator[Finding]:
+def _teacher(recipe: ClassifyRecipe, place: Path, sources: dict[str, list[Example]]) -> Iterator[Finding]:
     config_file = place / "config.json"
     if not config_file.is_file():
         yield Finding("ok", f"teacher.model: {place} (its prompts' lengths are known only once it is loaded)")
@@ -113,7 +105,7 @@ def _teacher(recipe: Recipe, place: Path, sources: dict[str, list[Example]]) -> 
 
 
 def _cost(
-    recipe: Recipe, place: Path, config: dict[str, Any], tokenizer: Any, sources: dict[str, list[Example]]
+    recipe: ClassifyRecipe, place: Path, config: dict[str, Any], tokenizer: Any, sources: dict[str, list[Example]]
 ) -> Iterator[Finding]:
     weights = sum(path.stat().st_size for path in place.glob("*.safetensors")) or 4 * 10**8
     width = {"float16": 2, "bfloat16": 2}.get(config.get("dtype") or config.get("torch_dtype") or "", 4)

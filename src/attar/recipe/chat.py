@@ -1,0 +1,210 @@
+"""The recipe of a small causal language model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from attar.recipe.base import Evaluate, Part, Positive, Recipe, Share, TeacherModel, Train, absolute
+
+__all__ = ["ChatRecipe"]
+
+
+class Data(Part):
+    """The user's conversations: messages and tools, in OpenAI's shape. A relative path counts from the recipe."""
+
+    train: Path = Field(strict=False)
+    val: Path | None = Field(default=None, strict=False)
+    """held out for choosing the checkpoint; taken from `train` where nothing is said"""
+    test: Path | None = Field(default=None, strict=False)
+    """held out for the evaluation; taken from `train` where nothing is said"""
+    on_bad_line: Literal["stop", "skip"] = "stop"
+    licence: str | None = None
+
+
+class Curate(Part):
+    """From the user's files to splits; a group of conversations stays on one side."""
+
+    val_size: Positive = 50
+    test_size: Positive = 50
+    max_tokens: Positive = 2048
+    """a longer conversation is cut on the right, and counted"""
+    max_truncated: Share = 0.1
+    """share of conversations that may be cut before the run refuses"""
+
+
+class Shrink(Part):
+    """How the student is cut from the model that it starts from."""
+
+    layers: Positive | None = None
+    """how many are kept"""
+    choose: Literal["even", "first", "alternate", "block_influence"] = "even"
+    """which: evenly spaced with both ends, the first ones, every other one (DistilBERT), or those that change their
+    input most on the training conversations (ShortGPT)"""
+    width: Positive | None = None
+    """of the residual stream, by activation importance (Minitron)"""
+    intermediate: Positive | None = None
+    """of the feed-forward layers, by activation importance"""
+    heads: Positive | None = None
+    """attention heads a layer, by activation importance"""
+    vocabulary: Literal["keep", "trim"] = "keep"
+    """trim: keep the tokens that the conversations use"""
+    fresh: bool = False
+    """keep the sizes that the keys above ask for, and start from random weights"""
+
+
+class Lora(Part):
+    """Train low-rank adapters by `peft`, merged at export."""
+
+    rank: Positive = 16
+    alpha: Positive = 32
+    dropout: Share = 0.0
+    targets: tuple[str, ...] = Field(default=("all-linear",), min_length=1, strict=False)
+    """names of linear layers, or `all-linear` for all but the head"""
+
+
+class Student(Part):
+    """The small model."""
+
+    model: str | None = None
+    """`hf:FOLDER`; None starts from the teacher"""
+    shrink: Shrink = Shrink()
+    lora: Lora | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """of the weights while they are trained"""
+
+
+class Response(Part):
+    """The reference's tokens, as hard targets."""
+
+    kind: Literal["response"]
+    weight: float = Field(default=1.0, gt=0, strict=False)
+
+
+class Logit(Part):
+    """The teacher's probabilities."""
+
+    kind: Literal["logit"]
+    weight: float = Field(default=1.0, gt=0, strict=False)
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "total_variation"] = (
+        "forward_kl"
+    )
+    parameter: float | None = Field(default=None, strict=False)
+    """beta of `jsd`, alpha of the skewed kinds"""
+    temperature: float = Field(default=1.0, gt=0, strict=False)
+
+
+class Feature(Part):
+    """The teacher's inner states."""
+
+    kind: Literal["feature"]
+    weight: float = Field(default=1.0, gt=0, strict=False)
+    match: dict[str, str] = Field(min_length=1)
+    """path of the student's layer -> path of the teacher's"""
+    loss: str = "cosine"
+    """a name of `attar.losses.FEATURE_LOSSES`"""
+
+
+Objective = Annotated[Response | Logit | Feature, Field(discriminator="kind")]
+
+
+class Signals(Part):
+    """Where the teacher's probabilities come from."""
+
+    source: Literal["live", "cached"] = "cached"
+    """ask the teacher in every step, or once before training"""
+    kind: Literal["sampled", "top_k", "hidden"] = "sampled"
+    """of cached signals: what is kept of a distribution"""
+    entries: Positive = 48
+    """tokens kept of a distribution, of `sampled` and `top_k`"""
+
+
+class Distill(Part):
+    """What the student learns from the teacher."""
+
+    objectives: tuple[Objective, ...] = Field(default=(Logit(kind="logit"),), min_length=1, strict=False)
+    signals: Signals = Signals()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Distill:
+        if self.signals.source == "live":
+            return self
+        for objective in self.objectives:
+            if isinstance(objective, Logit) and self.signals.kind == "sampled" and objective.divergence != "forward_kl":
+                raise ValueError(
+                    f"distill.signals.kind: sampled signals give the forward KL only, not {objective.divergence}; "
+                    "set kind: top_k or hidden, or source: live"
+                )
+        temperatures = {o.temperature for o in self.objectives if isinstance(o, Logit)}
+        if len(temperatures) > 1 and self.signals.kind != "hidden":
+            raise ValueError(
+                f"distill.signals: {self.signals.kind} signals are stored at one temperature, and the objectives name "
+                f"{', '.join(map(str, sorted(temperatures)))}; set kind: hidden, or source: live"
+            )
+        return self
+
+
+class ChatTrain(Train):
+    """How the student learns."""
+
+    epochs: float = Field(default=2, gt=0, strict=False)
+    learning_rate: float = Field(default=1e-4, gt=0, strict=False)
+    tokens_per_batch: Positive = 4096
+    """of one process, padding included"""
+    max_grad_norm: float = Field(default=1.0, gt=0, strict=False)
+    gradient_checkpointing: bool = False
+    optimizer: str = "adamw_torch_fused"
+    accelerate: Path | None = Field(default=None, strict=False)
+    """a configuration file of `accelerate config`: DDP, FSDP2 or DeepSpeed; training starts under
+    `accelerate launch` with it"""
+
+
+class ChatEvaluate(Evaluate):
+    """How the arms are compared."""
+
+    answer_tokens: Positive = 64
+    """greedy answers are cut after so many"""
+    answers: Positive = 24
+    """held-out turns that are answered freely"""
+    latency_requests: Positive = 20
+    throughput_requests: Positive = 8
+    throughput_rounds: Positive = 3
+
+
+class Export(Part):
+    """How the student is stored to be served."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """of the safetensors"""
+    gguf: bool = True
+    """a GGUF file (F16) as well, for llama.cpp; speed is measured on it"""
+
+
+class ChatRecipe(Recipe):
+    """A job that ends in a small causal language model."""
+
+    task: Literal["chat"]
+    data: Data
+    teacher: TeacherModel
+    student: Student = Student()
+    curate: Curate = Curate()
+    distill: Distill = Distill()
+    train: ChatTrain = ChatTrain()
+    export: Export = Export()
+    evaluate: ChatEvaluate = ChatEvaluate()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ChatRecipe:
+        if self.student.model is not None and not self.student.model.startswith("hf:"):
+            raise ValueError(f"student.model: {self.student.model!r} is not `hf:FOLDER`")
+        return self
+
+    def located(self, base: Path) -> ChatRecipe:
+        """The recipe with every relative path made absolute, counted from ``base``."""
+        located = super().located(base)
+        if located.train.accelerate is None:
+            return located
+        train = located.train.model_copy(update={"accelerate": absolute(base, located.train.accelerate)})
+        return located.model_copy(update={"train": train})

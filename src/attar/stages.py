@@ -1,0 +1,94 @@
+"""The stages of each task, in order."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from attar.recipe import Recipe
+from attar.workspace import Run
+
+__all__ = ["STAGES", "Stage"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage, and all that decides whether its files are still right."""
+
+    name: str
+    function: str
+    """``module:name`` of a function of (recipe, run), imported when it is needed"""
+    reads: tuple[str, ...]
+    """dotted keys of the recipe"""
+    needs: tuple[str, ...]
+    """stages whose outputs it reads"""
+    folders: tuple[str, ...]
+    """what it writes, and alone"""
+    data: bool = False
+    """whether it reads the user's files"""
+    teacher: bool = False
+    """whether it reads the teacher's weights"""
+
+    def __call__(self, recipe: Recipe, run: Run) -> dict[str, Any]:
+        """Run it; returns its counts."""
+        module, _, name = self.function.partition(":")
+        counts: dict[str, Any] = getattr(importlib.import_module(module), name)(recipe, run)
+        return counts
+
+
+_MACHINE = ("run.device", "run.threads")
+_ASKED = ("data.labels", "teacher.prompts", "teacher.label_words", "teacher.length", "teacher.dtype")
+_REPORT = Stage("report", "attar.evaluate.report:report", (), ("evaluate",), ("report",))
+
+_CLASSIFY = (
+    Stage("curate", "attar.collect.curate:curate", ("data", "curate", "run.seed"), (), ("data",), data=True),
+    Stage(
+        "score",
+        "attar.signals.score:score",
+        (*_ASKED, "teacher.content_free", "teacher.tokens_per_batch"),
+        ("curate",),
+        ("signals/raw",),
+        teacher=True,
+    ),
+    Stage(
+        "calibrate",
+        "attar.signals.score:calibrate",
+        ("data.labels", "teacher.calibration", "teacher.prior", "teacher.content_free"),
+        ("curate", "score"),
+        ("signals/labels",),
+        teacher=True,
+    ),
+    Stage(
+        "train",
+        "attar.train.stage:train",
+        ("data.labels", "student", "distill", "train", "evaluate.baseline", *_MACHINE),
+        ("curate", "calibrate"),
+        ("models", "work"),
+        teacher=True,
+    ),
+    Stage("export", "attar.students.export:export", ("export", "train.seeds"), ("curate", "train"), ("export",)),
+    Stage(
+        "evaluate",
+        "attar.evaluate.stage:evaluate",
+        (
+            "name",
+            "task",
+            "data.labels",
+            "data.licence",
+            "teacher",
+            "student.model",
+            "distill",
+            "train.seeds",
+            "evaluate",
+            "run.seed",
+            *_MACHINE,
+        ),
+        ("curate", "score", "calibrate", "train", "export"),
+        ("evaluate",),
+        teacher=True,
+    ),
+    _REPORT,
+)
+
+STAGES: dict[str, tuple[Stage, ...]] = {"classify": _CLASSIFY}
