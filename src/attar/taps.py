@@ -224,11 +224,6 @@ class Taps(Mapping[str, Tensor]):
         if not isinstance(value, Tensor):
             hint = " (a model computes attention weights with attn_implementation='eager')" if value is None else ""
             raise UsageError(f"{tap.name!r} is no tensor but {_listed(value)}; add a selector{hint}")
-        if value.is_inference():
-            raise UsageError(
-                f"{tap.name!r} is a tensor of inference mode, which no loss can use; run the forward under "
-                "torch.no_grad() instead"
-            )
         if self._gradients and not torch.is_grad_enabled():
             raise UsageError(
                 f"{tap.name!r} was made without gradients inside a forward that has them: set use_reentrant=False for "
@@ -237,6 +232,11 @@ class Taps(Mapping[str, Tensor]):
         if torch.compiler.is_compiling():
             # A compiled graph does not count versions, so what overwrites it later would go unseen.
             return _Seen(value.clone(), None)
+        if value.is_inference():
+            raise UsageError(
+                f"{tap.name!r} is a tensor of inference mode, which no loss can use; run the forward under "
+                "torch.no_grad() instead"
+            )
         return _Seen(value, value._version)
 
 
