@@ -13,7 +13,7 @@ from attar.data.types import Example
 from attar.errors import DataError, require
 from attar.workspace import write_atomic
 
-__all__ = ["read_examples", "read_jsonl", "write_examples"]
+__all__ = ["read_examples", "read_jsonl", "read_rows", "write_examples"]
 
 
 def read_examples(
@@ -47,7 +47,7 @@ def read_examples(
         raise DataError(f"{key}: {path} is no file")
     skipped: Counter[str] = Counter()
     examples = []
-    for number, row in _rows(path, key):
+    for number, row in read_rows(path, key):
         problem = _problem(row, text_key, label_key, labels, labelled)
         if problem is None:
             label = row.get(label_key)
@@ -85,7 +85,12 @@ def _problem(
     return None
 
 
-def _rows(path: Path, key: str) -> Iterator[tuple[int, Any]]:
+def read_rows(path: Path, key: str) -> Iterator[tuple[int, Any]]:
+    """Line number and row of a JSONL, CSV or Parquet file; a line that is no JSON comes as a DataError.
+
+    Raises:
+        DataError: the file has another suffix or encoding, or is no Parquet.
+    """
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         parquet = require("pyarrow.parquet", "parquet")

@@ -1,4 +1,4 @@
-"""The only place that renders and tokenises.
+"""Prompts of labelling questions -> token ids.
 
 A user's words never become control tokens: the stretches of a prompt that are not trusted are encoded as plain text,
 even where they spell ``<|im_end|>``.

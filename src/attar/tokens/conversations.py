@@ -1,0 +1,207 @@
+"""Conversations -> token ids and loss masks.
+
+The ids are those of ``tokenizer.apply_chat_template``. The loss stands on what the assistant produced, the end-of-turn
+token included, and on nothing that the template, the user or a tool wrote. Control strings in content are plain text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from attar.data.types import Conversation
+from attar.errors import DataError
+from attar.tokens.turns import Turn, Turns
+from attar.workspace import digest
+
+__all__ = ["TokenizedExample", "encode_conversation", "encode_conversations", "highlight", "template_fingerprint"]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedExample:
+    """Token ids, and which of them are targets: where ``supervised[i]``, the state at i - 1 learns to predict i."""
+
+    id: str
+    """the conversation's; with ``/`` and the number of its last message where one conversation gives several"""
+    ids: npt.NDArray[np.int32]
+    """[tokens]"""
+    supervised: npt.NDArray[np.bool_]
+    """[tokens]; False at 0, which nothing predicts"""
+
+    def __post_init__(self) -> None:
+        if self.ids.ndim != 1 or self.ids.shape != self.supervised.shape:
+            raise ValueError(f"ids has shape {self.ids.shape} and supervised {self.supervised.shape}; wanted [tokens]")
+        if self.supervised[:1].any():
+            raise ValueError("supervised[0] is True, but no state comes before the first token to predict it")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def encode_conversation(
+    tokenizer: Any,
+    conversation: Conversation,
+    *,
+    max_tokens: int,
+    template_kwargs: Mapping[str, Any] | None = None,
+    counts: Counter[str] | None = None,
+) -> list[TokenizedExample]:
+    """Token ids and loss mask of a conversation, up to the last message that is learned.
+
+    It gives one example where each answer is rendered in the whole conversation as it is at its own moment. A template
+    that later drops an answer's reasoning, or moves the system's text, gives several, each with the history that the
+    model has at that moment; every answer is learned in exactly one.
+
+    Args:
+        tokenizer: a fast tokenizer with a chat template. No BOS is added to what the template writes.
+        conversation: all assistants' messages are learned, except where ``train`` is False.
+        max_tokens: the longest example; what goes beyond is cut off on the right.
+        template_kwargs: further variables of the template (``enable_thinking``), as the server of the student will set
+            them.
+        counts: added to: ``examples``, ``tokens`` and ``supervised`` (what is returned); ``truncated`` (examples) and
+            ``supervised lost`` (tokens that this cut off); ``dropped`` (examples with nothing left to learn, not
+            returned); ``straddling`` (tokens that lie across the edge of an answer, not supervised); ``reasoning left
+            out`` (messages whose reasoning the template does not write).
+
+    Returns:
+        The examples in the order of their last messages; none where nothing is to be learned.
+
+    Raises:
+        DataError: the template refuses the conversation, or what the assistant produced cannot be told from the rest;
+            the message says what differs.
+        ModelError: the tokenizer has no chat template, or is not a fast one.
+    """
+    if max_tokens < 2:
+        raise ValueError(f"max_tokens is {max_tokens}; wanted at least 2, one to predict from and one to predict")
+    counts = Counter() if counts is None else counts
+    turns = Turns(tokenizer, conversation, template_kwargs or {})
+    open_turns = [
+        turns.turn(i) for i, m in enumerate(conversation.messages) if m.role == "assistant" and m.train is not False
+    ]
+    for turn in open_turns:
+        reasoning = (conversation.messages[turn.index].reasoning or "").strip()
+        counts["reasoning left out"] += reasoning not in turn.text[turn.start : turn.end]
+    covers: list[list[Turn]] = []
+    while open_turns:
+        text = open_turns[-1].text
+        covers.insert(0, [turn for turn in open_turns if text.startswith(turn.text[: turn.end])])
+        open_turns = [turn for turn in open_turns if turn not in covers[0]]
+    examples = []
+    for covered in covers:
+        name = conversation.id if len(covers) == 1 else f"{conversation.id}/{covered[-1].index}"
+        example = _cut(_example(turns, name, covered, counts), max_tokens, counts)
+        if example is not None:
+            examples.append(example)
+    return examples
+
+
+def _example(turns: Turns, name: str, covered: list[Turn], counts: Counter[str]) -> TokenizedExample:
+    text, quoted = covered[-1].text, covered[-1].quoted
+    encoded = turns.coder.encode(text, quoted)
+    spans = [(turn.start, turn.end) for turn in covered]
+    supervised = turns.coder.inside(encoded, text, spans)
+    straddling = [
+        not inside and any(start < edge < end for edge in (edge for span in spans for edge in span))
+        for inside, (start, end) in zip(supervised, encoded.offsets, strict=True)
+    ]
+    counts["straddling"] += sum(straddling)
+    return TokenizedExample(name, np.array(encoded.ids, dtype=np.int32), np.array(supervised, dtype=np.bool_))
+
+
+def _cut(example: TokenizedExample, max_tokens: int, counts: Counter[str]) -> TokenizedExample | None:
+    """The example with at most so many tokens; None if nothing is left to learn."""
+    if len(example) > max_tokens:
+        counts["truncated"] += 1
+        counts["supervised lost"] += int(example.supervised[max_tokens:].sum())
+        example = TokenizedExample(example.id, example.ids[:max_tokens], example.supervised[:max_tokens])
+    if not example.supervised.any():
+        counts["dropped"] += 1
+        return None
+    counts["examples"] += 1
+    counts["tokens"] += len(example)
+    counts["supervised"] += int(example.supervised.sum())
+    return example
+
+
+def encode_conversations(
+    tokenizer: Any,
+    conversations: Iterable[Conversation],
+    *,
+    max_tokens: int,
+    max_truncated: float,
+    on_unusable: Literal["stop", "skip"] = "stop",
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[list[TokenizedExample], Counter[str]]:
+    """Token ids and loss masks of a data set.
+
+    Args:
+        tokenizer: as for :func:`encode_conversation`, like ``max_tokens`` and ``template_kwargs``.
+        conversations: the data set.
+        max_tokens: the longest example.
+        max_truncated: the largest share of examples, 0 to 1, that may be cut off.
+        on_unusable: stop at a conversation that the template cannot render or that cannot be masked, or skip it and
+            count it as ``unusable``.
+        template_kwargs: further variables of the template.
+
+    Returns:
+        The examples, and the counts of :func:`encode_conversation` over all of them.
+
+    Raises:
+        DataError: no example is left, more are cut off than allowed, or a conversation is unusable.
+        ModelError: the tokenizer has no chat template, or is not a fast one.
+    """
+    counts: Counter[str] = Counter()
+    examples: list[TokenizedExample] = []
+    for conversation in conversations:
+        try:
+            examples += encode_conversation(
+                tokenizer, conversation, max_tokens=max_tokens, template_kwargs=template_kwargs, counts=counts
+            )
+        except DataError:
+            if on_unusable == "stop":
+                raise
+            counts["unusable"] += 1
+    share = counts["truncated"] / max(1, counts["examples"] + counts["dropped"])
+    if share > max_truncated:
+        raise DataError(
+            f"{counts['truncated']} of {counts['examples'] + counts['dropped']} examples ({share:.1%}) are longer than "
+            f"{max_tokens} tokens, at most {max_truncated:.1%} may be; {counts['supervised lost']} tokens to learn "
+            "would be cut off. Raise max_tokens, raise max_truncated, or shorten the conversations"
+        )
+    if not examples:
+        raise DataError(
+            f"no example is left to learn from ({ {k: n for k, n in counts.items() if n} }); check the roles and train "
+            "flags of the messages, and raise max_tokens if examples were cut off"
+        )
+    return examples, counts
+
+
+def template_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 of all that decides what a conversation's tokens are: chat template, vocabulary, special tokens.
+
+    Signals that were computed under another fingerprint belong to other tokens.
+    """
+    added = [(i, t.content, t.special) for i, t in sorted(tokenizer.added_tokens_decoder.items())]
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    return digest([tokenizer.chat_template, json.dumps(vocabulary), added, tokenizer.special_tokens_map])
+
+
+def highlight(tokenizer: Any, example: TokenizedExample) -> list[tuple[str, bool]]:
+    """The example as text, in stretches: what they say, and whether they are learned."""
+    text = tokenizer.decode(example.ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    segments, position, end = [], 0, 0
+    for learned, group in groupby(example.supervised.tolist()):
+        end += len(list(group))
+        upto = len(
+            tokenizer.decode(example.ids[:end].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        )
+        segments.append((text[position:upto], learned))
+        position = upto
+    return segments

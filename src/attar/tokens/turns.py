@@ -1,0 +1,262 @@
+"""Render a conversation with a model's chat template, and find what the assistant produced in it.
+
+Nothing is known about the template. What it writes for the messages before an answer, with its generation prompt, is
+what the model is given when it is asked; so this must be how the text with the answer begins, and what follows, up to
+the end-of-turn token, is what the model has to produce. Where that does not hold, an error says what differs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+
+from attar.data.types import Conversation, Message
+from attar.errors import DataError, ModelError
+from attar.tokens.controls import Coder, Marks, coder, strings
+
+__all__ = ["Turn", "Turns"]
+
+_GENERATION = re.compile(r"{%[-+]?\s*generation\b")
+# Private-use characters for marks and for a probe's content.
+_PRIVATE = range(0xE000, 0xF8FF)
+# What a template raises, on purpose or by adding what cannot be added.
+_REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An assistant's message as the template renders it at its moment, when it is the last one."""
+
+    index: int
+    """of the message"""
+    text: str
+    """the conversation from its beginning, this message the last"""
+    start: int
+    """where in the text begins what the assistant produced"""
+    end: int
+    """behind the end-of-turn token"""
+    quoted: frozenset[int]
+    """where in the text control strings start that came from content"""
+
+
+class Turns:
+    """The turns of one conversation.
+
+    Args:
+        tokenizer: with a chat template.
+        conversation: what is rendered.
+        template_kwargs: further variables of the template, as the student's server will give them.
+
+    Raises:
+        ModelError: the tokenizer has no chat template, or is not a fast one.
+    """
+
+    def __init__(self, tokenizer: Any, conversation: Conversation, template_kwargs: Mapping[str, Any]) -> None:
+        self._tokenizer = tokenizer
+        self._name = f"conversation {conversation.id}"
+        self._tools = list(conversation.tools) or None
+        self._variables = dict(template_kwargs)
+        try:
+            self._template: str = tokenizer.get_chat_template(None, self._tools)
+        except ValueError as error:
+            raise ModelError(
+                "the tokenizer has no chat template; take the instruction-tuned model's tokenizer, or set "
+                "tokenizer.chat_template"
+            ) from error
+        self.coder: Coder = coder(tokenizer, self._template)
+        self._messages = self._with_arguments(conversation.messages)
+
+    def turn(self, index: int) -> Turn:
+        """The assistant's message ``messages[index]``.
+
+        Raises:
+            DataError: the template refuses the messages, or what the assistant produced cannot be told from what the
+                template wrote.
+        """
+        where = f"{self._name}, messages[{index}]"
+        if index == 0:
+            raise DataError(
+                f"{where} is an assistant's and nothing comes before it, so there is no prompt that it answers; set "
+                "train: false on it, or put a user's message before it"
+            )
+        text = self._render(self._messages[: index + 1], where)
+        quoted = self._quoted(self._messages[: index + 1], text, where)
+        start = self._start(index, text, where)
+        end = self._end(index, text, start, quoted, where)
+        self._check_markers(index, text, start, end, where)
+        return Turn(index, text, start, end, quoted)
+
+    def _with_arguments(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """The messages as a template wants them, the arguments of tool calls as objects or, if need be, as JSON.
+
+        transformers hands out objects, and most templates write them as JSON; some add the string as it comes.
+        """
+        calls = [call for message in messages for call in message.tool_calls]
+        objects = [_message(message, as_json=False) for message in messages]
+        if not calls:
+            return objects
+        try:
+            text = self._render(objects, self._name)
+        except DataError:
+            as_json = [_message(message, as_json=True) for message in messages]
+            try:
+                self._render(as_json, self._name)
+            except DataError:
+                return objects  # not for the arguments' sake: the first turn that cannot be rendered says why
+            return as_json
+        if any(call.arguments and repr(call.arguments) in text for call in calls):  # Python's spelling, not JSON's
+            return [_message(message, as_json=True) for message in messages]
+        return objects
+
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        where: str,
+        *,
+        prompt: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> str:
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                list(messages),
+                tools=self._tools if tools is None else tools,
+                add_generation_prompt=prompt,
+                tokenize=False,
+                **self._variables,
+            )
+        except _REFUSALS as error:
+            raise DataError(
+                f"{where}: the chat template refuses the roles {[m['role'] for m in messages]}: {error}; write the "
+                "messages as the template wants them (some have no system role: put its text before the user's), or "
+                "leave the conversation out"
+            ) from error
+        return text
+
+    def _quoted(self, messages: Sequence[Mapping[str, Any]], text: str, where: str) -> frozenset[int]:
+        """Where control strings start in the text that were in the content, not in the template."""
+        given = [*strings(messages), *strings(self._tools), *strings(self._variables)]
+        spelled = sorted({m.group() for string in given for m in self.coder.any_control.finditer(string)})
+        if not spelled:
+            return frozenset()
+        used = set(text).union(*given, self._template)
+        before, after = [chr(i) for i in _PRIVATE if chr(i) not in used][:2]
+        for manner in Marks.MANNERS:
+            marks = Marks(before, after, manner)
+            tools = None if self._tools is None else marks.value(self._tools, self.coder.any_control)
+            try:
+                marked = self._render(marks.messages(messages, self.coder), where, tools=tools)
+            except DataError:
+                continue
+            unmarked, quoted = marks.find(marked, self.coder)
+            if unmarked == text:
+                return quoted
+        raise DataError(
+            f"{where}: the content spells {', '.join(spelled)}, and the chat template renders it in another way when "
+            "that is marked as text, so it cannot be told from the template's own; leave the conversation out, or put "
+            "reasoning into reasoning_content and calls into tool_calls"
+        )
+
+    def _start(self, index: int, text: str, where: str) -> int:
+        """Where the text goes on after what the model is given when it is asked."""
+        before = self._messages[:index]
+        prompt = self._render(before, where, prompt=True)
+        if text.startswith(prompt) and prompt == self._render(before, where):
+            prompt += self._header(before, prompt, where)
+        if not text.startswith(prompt):
+            same = _shared(prompt, text)
+            raise DataError(
+                f"{where}: asked for this answer, the model is given ...{prompt[max(0, same - 30) :]!r}, but with the "
+                f"answer the chat template writes ...{text[max(0, same - 30) : same + 50]!r}; it would be trained on "
+                "another prompt than it is asked with. Give the message the reasoning that the template expects, set "
+                "the template's variables as the server does, or take another chat template"
+            )
+        return len(prompt)
+
+    def _header(self, before: list[dict[str, Any]], prompt: str, where: str) -> str:
+        """What a template without generation prompt writes before any answer, to say whose it is."""
+        used = set(prompt).union(*strings(before), self._template)
+        probe = next(chr(i) for i in _PRIVATE if chr(i) not in used)
+        text = self._render([*before, {"role": "assistant", "content": probe}], where)
+        if not text.startswith(prompt) or probe not in text:
+            raise DataError(
+                f"{where}: the chat template has no generation prompt, and rewrites what was before when an answer "
+                f"follows: {prompt[-50:]!r} becomes {text[len(prompt) - 50 :]!r}; take a template that has one"
+            )
+        header = text[len(prompt) : text.index(probe)]
+        return header if header.strip() else ""
+
+    def _end(self, index: int, text: str, start: int, quoted: frozenset[int], where: str) -> int:
+        """Behind the end-of-turn token, the last control token that the template writes after the answer.
+
+        A template may write more when no answer is wanted next (Phi-3: the end of the text), which the model does not
+        produce; so only what stands there in both cases counts, if that holds an end at all.
+        """
+        try:
+            asked = self._render(self._messages[: index + 1], where, prompt=True)
+        except DataError:
+            asked = text  # a template may refuse to ask for an answer to an answer
+        spans = [(s, e) for s, e in self.coder.occurrences(text) if s >= start]
+        shared = len(text) if asked.startswith(text) else _shared(text, asked)
+        shared = next((s for s, e in spans if s < shared < e), shared)
+        for limit in dict.fromkeys((shared, len(text))):
+            ends = [e for s, e in spans if e <= limit and s not in quoted]
+            if ends and not text[ends[-1] : limit].strip():
+                return ends[-1]
+        raise DataError(
+            f"{where}: the chat template writes no end-of-turn token after the answer: it ends with {text[-50:]!r}, "
+            "so a student would never learn to stop; take a template that writes one, such as the EOS token"
+        )
+
+    def _check_markers(self, index: int, text: str, start: int, end: int, where: str) -> None:
+        """Compare with the template's own ``{% generation %}`` markers, where it has them.
+
+        They may leave out the end-of-turn token, and white space at either end.
+        """
+        if _GENERATION.search(self._template) is None:
+            return
+        from transformers.utils.chat_template_utils import render_jinja_template  # late: heavy, and few need it
+
+        rendered, spans = render_jinja_template(
+            conversations=[self._messages[: index + 1]],
+            tools=self._tools,
+            chat_template=self._template,
+            return_assistant_tokens_mask=True,
+            add_generation_prompt=False,
+            **{**self._tokenizer.special_tokens_map, **self._variables},
+        )
+        own = [(s, e) for s, e in spans[0] if e > start]
+        outside = "".join(text[s : min(e, start)] + text[max(s, end) : e] for s, e in own)
+        position, unmarked = start, ""
+        for s, e in own:
+            unmarked += text[position:s]
+            position = max(position, e)
+        unmarked += text[position:end]
+        last = next(s for s, e in self.coder.occurrences(text) if e == end)
+        unmarked = unmarked.strip().removesuffix(text[last:end])
+        if rendered[0] != text or outside.strip() or unmarked.strip():
+            marked = " and ".join(repr(text[s:e][:60]) for s, e in own) or "nothing"
+            raise DataError(
+                f"{where}: the chat template's {{% generation %}} markers enclose {marked}, but after the prompt the "
+                f"assistant produces {text[start:end][:60]!r}; mend the markers, or take them out of the template"
+            )
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters two strings begin with in common."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _message(message: Message, *, as_json: bool) -> dict[str, Any]:
+    """A message as transformers hands it to a template."""
+    row = message.wire
+    row.pop("train", None)
+    if message.tool_calls and not as_json:
+        row["tool_calls"] = [
+            {**call, "function": {"name": own.name, "arguments": own.arguments}}
+            for own, call in zip(message.tool_calls, row["tool_calls"], strict=True)
+        ]
+    return row
