@@ -132,7 +132,7 @@ def test_an_unknown_transformation_of_states_never_passes(tokenizer):
         return output
 
     decoder.forward = second_call_differs
-    with pytest.raises(CapabilityError, match="states differ by 0.0099"):
+    with pytest.raises(CapabilityError, match=r"states differ by 0\.0099"):
         check_head(model, tokenizer)
 
 
@@ -148,8 +148,7 @@ def test_the_probe_leaves_the_model_as_it_was(tokenizer):
     assert not model.model.layers[0].training
     assert not model.lm_head._forward_pre_hooks
     with pytest.raises(ZeroDivisionError), eval_mode(model):
-        assert not torch.is_grad_enabled()
-        raise ZeroDivisionError
+        1 / int(torch.is_grad_enabled())
     assert model.training
 
 
