@@ -197,8 +197,8 @@ def _checked_ids(
     if len(ids) != tokens or (weights is not None and weights.shape != (tokens,)):
         given = None if weights is None else tuple(weights.shape)
         raise ValueError(
-            f"ids has shape {tuple(ids.shape)} and weights {given}, and the student {tokens} tokens; wanted a row and a "
-            "weight for each"
+            f"ids has shape {tuple(ids.shape)} and weights {given}, and the student {tokens} tokens; wanted a row "
+            "and a weight for each"
         )
     used = torch.ones_like(ids, dtype=torch.bool) if weights is None else (weights != 0)[:, None].expand_as(ids)
     wrong = used & ((ids < ABSENT) | (ids >= vocabulary))
