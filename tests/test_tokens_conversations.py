@@ -1,22 +1,13 @@
 import json
-from collections import Counter
+
+import pytest
 
 import chats
-import numpy as np
-import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from attar.data.conversations import parse_conversation
-from attar.errors import DataError, ModelError
 from attar.tokens import (
-    TokenizedExample,
     encode_conversation,
-    encode_conversations,
     highlight,
-    template_fingerprint,
 )
-from attar.tokens.controls import coder
 
 WEATHER = {
     "type": "function",
@@ -113,7 +104,10 @@ def test_mask_of_a_tool_conversation_token_by_token(tokenizers):
     expected = []
     for text, supervised in [
         (f"<|im_start|>system\n# Tools\n\n<tools>\n{json.dumps(WEATHER)}\n</tools>\n", False),
-        ("Call one within <tool_call></tool_call>.<|im_end|>\n<|im_start|>user\nis it cold in Oslo?<|im_end|>\n", False),
+        (
+            "Call one within <tool_call></tool_call>.<|im_end|>\n<|im_start|>user\nis it cold in Oslo?<|im_end|>\n",
+            False,
+        ),
         ("<|im_start|>assistant\n", False),
         ('<tool_call>\n{"name": "weather", "arguments": {"place": "Oslo", "n": 3}}\n</tool_call><|im_end|>', True),
         ("\n<|im_start|>user\n<tool_response>\n3 degrees\n</tool_response><|im_end|>\n<|im_start|>assistant\n", False),

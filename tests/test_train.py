@@ -17,7 +17,8 @@ from attar.engines.textclassifier import (
 from attar.errors import TrainingError
 from attar.losses import IGNORED
 from attar.students.build import reduce_rows
-from attar.train.objectives import GOLD, TEACHER, Logit, Response
+from attar.train.objectives import LABELS as LABEL_KEY
+from attar.train.objectives import TEACHER, Logit, Response
 from attar.train.stage import control_objectives
 from attar.train.trainer import DistillationTrainer
 
@@ -41,7 +42,7 @@ def rows(n):
         {
             "x": torch.randn(4, dtype=torch.float64, generator=generator),
             TEACHER: torch.randn(3, dtype=torch.float64, generator=generator).log_softmax(-1),
-            GOLD: torch.tensor(i % 3 if i % 4 == 0 else IGNORED),
+            LABEL_KEY: torch.tensor(i % 3 if i % 4 == 0 else IGNORED),
         }
         for i in range(n)
     ]
@@ -88,7 +89,7 @@ def test_a_loss_that_is_not_a_number_stops_with_the_step(tmp_path):
 
 
 def test_gold_labels_supervise_only_where_they_are():
-    batch = {TEACHER: torch.zeros(3, 3).log_softmax(-1), GOLD: torch.tensor([1, IGNORED, 2])}
+    batch = {TEACHER: torch.zeros(3, 3).log_softmax(-1), LABEL_KEY: torch.tensor([1, IGNORED, 2])}
     assert Response(labels="gold").supervised(batch).tolist() == [True, False, True]
     assert Response(labels="teacher").supervised(batch).all()
 

@@ -18,15 +18,18 @@ _PUBLIC: dict[str, tuple[str, str | None]] = {
     "DistillationTrainer": ("attar.train.trainer", "DistillationTrainer"),
     "Engine": ("attar.engines.base", "Engine"),
     "Response": ("attar.train.objectives", "Response"),
+    "Feature": ("attar.train.objectives", "Feature"),
     "Logit": ("attar.train.objectives", "Logit"),
     "objectives": ("attar.train.objectives", None),
     "losses": ("attar.losses", None),
+    "taps": ("attar.taps", None),
     "errors": ("attar.errors", None),
 }
 
 __all__ = [
     "DistillationTrainer",
     "Engine",
+    "Feature",
     "Logit",
     "Recipe",
     "Response",
@@ -36,15 +39,16 @@ __all__ = [
     "losses",
     "objectives",
     "run",
+    "taps",
 ]
 
 if TYPE_CHECKING:
-    from attar import errors, losses
+    from attar import errors, losses, taps
     from attar.engines.base import Engine
     from attar.pipeline import run
     from attar.recipe import Recipe, load_recipe
     from attar.train import objectives
-    from attar.train.objectives import Logit, Response
+    from attar.train.objectives import Feature, Logit, Response
     from attar.train.trainer import DistillationTrainer
 
 

@@ -13,9 +13,11 @@ from attar.losses.kinds import KINDS, Divergence
 from attar.losses.projected import ProjectedLoss, projected_cross_entropy, projected_divergence, projected_loss
 from attar.losses.projectors import build_projectors, projector_key
 from attar.losses.relations import cka, contrastive, minilm_relations, rkd, similarity_preserving
+from attar.losses.sparse import ABSENT, SampledTerm, TopKTerm
 from attar.losses.terms import CrossEntropyTerm, DivergenceTerm, Head, Term
 
 __all__ = [
+    "ABSENT",
     "FEATURE_LOSSES",
     "IGNORED",
     "KINDS",
@@ -25,7 +27,9 @@ __all__ = [
     "FeatureLoss",
     "Head",
     "ProjectedLoss",
+    "SampledTerm",
     "Term",
+    "TopKTerm",
     "attention_transfer",
     "build_projectors",
     "cka",

@@ -91,8 +91,10 @@ class Logit(Part):
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "total_variation"] = (
         "forward_kl"
     )
-    parameter: float | None = Field(default=None, strict=False)
-    """beta of `jsd`, alpha of the skewed kinds"""
+    alpha: float | None = Field(default=None, strict=False)
+    """of the skewed kinds; 0.1 where nothing is said"""
+    beta: float | None = Field(default=None, strict=False)
+    """of `jsd`; 0.5 where nothing is said"""
     temperature: float = Field(default=1.0, gt=0, strict=False)
 
 

@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from attar.signals.language import SignalReader
 from attar.tokens import TokenizedExample
 
-__all__ = ["TokenBudgetBatches", "TokenizedRows", "collate"]
+__all__ = ["SIGNAL", "Collator", "TokenBudgetBatches", "TokenizedRows", "collate"]
+
+SIGNAL = "signal_"
+"""batch keys that begin so hold the teacher's cached signals, one row a supervised token of the batch, in order"""
 
 # Lengths that differ by less than this share of themselves come in random order, so that an epoch's batches are not
 # those of the epoch before; it costs about a hundredth in padding.
@@ -19,10 +23,17 @@ _JITTER = 0.02
 
 
 class TokenizedRows(Dataset[tuple[int, TokenizedExample]]):
-    """Examples with their row numbers, as :func:`collate` wants them."""
+    """Examples with their row numbers, as :func:`collate` wants them.
 
-    def __init__(self, examples: Sequence[TokenizedExample]) -> None:
+    Args:
+        examples: at least one.
+        tokens_per_batch: the trainer's budget for them.
+    """
+
+    def __init__(self, examples: Sequence[TokenizedExample], tokens_per_batch: int) -> None:
         self.examples = examples
+        self.lengths = [len(example) for example in examples]
+        self.tokens_per_batch = tokens_per_batch
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -173,3 +184,23 @@ def collate(rows: Sequence[tuple[int, TokenizedExample]], pad_token_id: int) -> 
         supervised[number, : len(example)] = torch.from_numpy(example.supervised)
     index = torch.tensor([row for row, _ in rows], dtype=torch.long)
     return {"input_ids": input_ids, "attention_mask": attention_mask, "supervised": supervised, "index": index}
+
+
+class Collator:
+    """What a ``DataLoader`` calls: the tensors of a batch, and the teacher's signals where there are some.
+
+    Args:
+        pad_token_id: see ``collate``.
+        signals: reads them; None for a live teacher or none.
+    """
+
+    def __init__(self, pad_token_id: int, signals: SignalReader | None = None) -> None:
+        self._pad_token_id, self._signals = pad_token_id, signals
+
+    def __call__(self, rows: Sequence[tuple[int, TokenizedExample]]) -> dict[str, Tensor]:
+        """Keys of ``collate``, and ``signal_<name>`` with a row for each supervised token of the batch."""
+        batch = collate(rows, self._pad_token_id)
+        if self._signals is not None:
+            signal = self._signals.read([example for _, example in rows])
+            batch |= {f"{SIGNAL}{name}": tensor for name, tensor in signal.items()}
+        return batch

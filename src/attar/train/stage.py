@@ -21,9 +21,10 @@ from attar.errors import MissingExtra, RecipeError
 from attar.losses import IGNORED
 from attar.progress import Step, track
 from attar.recipe import ClassifyRecipe
+from attar.recipe.classify import Objective as ObjectiveSpec
 from attar.signals.score import teacher_log_probs
 from attar.students.build import build_classifier
-from attar.train.objectives import GOLD, TEACHER, Objective, Response, from_recipe
+from attar.train.objectives import LABELS, TEACHER, AnyObjective, Logit, Response
 from attar.train.trainer import DistillationTrainer, last_checkpoint
 from attar.workspace import Run, replace_folder
 
@@ -32,11 +33,18 @@ __all__ = ["control_objectives", "fit", "train"]
 Rows = list[dict[str, Any]]
 
 
-def control_objectives(objectives: Sequence[Objective]) -> list[Objective]:
+def control_objectives(objectives: Sequence[AnyObjective]) -> list[AnyObjective]:
     """What the control learns: the teacher's hard labels in place of its distribution, gold labels as they are."""
     gold = [o for o in objectives if isinstance(o, Response) and o.labels == "gold"]
     weight = sum(o.weight for o in objectives if o not in gold)
     return [*gold, Response(weight=weight)] if weight else list(gold)
+
+
+def from_recipe(spec: ObjectiveSpec) -> AnyObjective:
+    """The objective that a recipe describes."""
+    if spec.kind == "logit":
+        return Logit(temperature=spec.temperature, weight=spec.weight)
+    return Response(weight=spec.weight, labels=spec.labels)
 
 
 def _rows(run: Run, split: str, classifier: TextClassifier) -> Rows:
@@ -47,7 +55,7 @@ def _rows(run: Run, split: str, classifier: TextClassifier) -> Rows:
         {
             "ids": classifier.encode(example["text"]),
             TEACHER: torch.from_numpy(signal),
-            GOLD: labels[example["label"]] if "label" in example else IGNORED,
+            LABELS: labels[example["label"]] if "label" in example else IGNORED,
         }
         for example, signal in zip(examples, signals, strict=True)
     ]
@@ -58,7 +66,7 @@ def _collate(classifier: TextClassifier) -> Any:
         return {
             **classifier.collate([row["ids"] for row in rows]),
             TEACHER: torch.stack([row[TEACHER] for row in rows]),
-            GOLD: torch.tensor([row[GOLD] for row in rows]),
+            LABELS: torch.tensor([row[LABELS] for row in rows]),
         }
 
     return collate
@@ -104,7 +112,12 @@ def _arguments(recipe: ClassifyRecipe, folder: Path, seed: int, examples: int) -
 
 
 def fit(
-    recipe: ClassifyRecipe, run: Run, classifier: TextClassifier, objectives: Sequence[Objective], work: Path, seed: int
+    recipe: ClassifyRecipe,
+    run: Run,
+    classifier: TextClassifier,
+    objectives: Sequence[AnyObjective],
+    work: Path,
+    seed: int,
 ) -> list[dict[str, float]]:
     """Train in place, going on from the last whole checkpoint; returns the curves."""
     from transformers import TrainerCallback

@@ -1,0 +1,175 @@
+"""What a causal language model says about tokenised examples: asked once, kept packed, read by example."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from attar.engines.heads import head_of, hidden_states, plain_model
+from attar.errors import WorkspaceError
+from attar.losses import Head
+from attar.signals.hidden import HEAD, from_array, pack_head, to_array, unpack_head
+from attar.signals.packing import Packed, pack_sampled, pack_top_k, unpack_sampled, unpack_top_k
+from attar.signals.sparse import example_random, logit_chunks, sampled, top_k
+from attar.signals.store import SignalStore
+from attar.taps import Taps
+from attar.tokens import TokenizedExample
+
+__all__ = ["SignalKind", "SignalReader", "ask", "keep_head"]
+
+
+@dataclass(frozen=True)
+class SignalKind:
+    """What is kept of a supervised token."""
+
+    kind: Literal["hidden", "top_k", "sampled"]
+    entries: int = 64
+    """of ``top_k``: how many"""
+    threshold: float = 0.02
+    """of ``sampled``: an entry of at least this probability is kept, a smaller one by chance"""
+    temperature: float = 1.0
+    """of ``top_k`` and ``sampled``"""
+    layers: tuple[str, ...] = ()
+    """inner layers that feature objectives read, beside the distribution"""
+    seed: int = 0
+    """of the draws"""
+    dtype: torch.dtype = torch.bfloat16
+    """of states"""
+
+
+@torch.inference_mode()
+def ask(model: nn.Module, tokenizer: Any, examples: Sequence[TokenizedExample], kind: SignalKind) -> list[Packed]:
+    """The signals of some examples, one record each, from one padded forward pass.
+
+    Args:
+        model: the teacher, in eval mode.
+        tokenizer: its.
+        examples: what it reads; a row of a signal for each supervised token, in order.
+        kind: what to keep.
+    """
+    device = next(model.parameters()).device
+    longest = max(map(len, examples))
+    # Padded on the right with anything: a causal model's real tokens never see it.
+    ids = torch.zeros(len(examples), longest, dtype=torch.long)
+    for row, example in enumerate(examples):
+        ids[row, : len(example)] = torch.from_numpy(example.ids)
+    head = head_of(model, tokenizer)
+    with Taps(plain_model(model), kind.layers) if kind.layers else _no_taps() as taps:
+        states = hidden_states(model, input_ids=ids.to(device))
+        layers = [taps[path] for path in kind.layers]
+    records = []
+    for row, example in enumerate(examples):
+        # The state at i - 1 predicts token i.
+        before = torch.from_numpy(np.flatnonzero(example.supervised) - 1).to(device)
+        own = states[row, before]
+        record = _distribution(own, head, kind, example.id)
+        for number, layer in enumerate(layers):
+            record[f"layer-{number}"] = to_array(layer[row, before], kind.dtype)
+        records.append(record)
+    return records
+
+
+def _distribution(states: Tensor, head: Head, kind: SignalKind, example: str) -> Packed:
+    if kind.kind == "hidden":
+        return {"states": to_array(states, kind.dtype)}
+    chunks = logit_chunks(states, head)
+    if kind.kind == "top_k":
+        return pack_top_k(top_k(chunks, kind.entries, kind.temperature), head.size)
+    random = example_random(kind.seed, example)
+    return pack_sampled(sampled(chunks, kind.threshold, random, kind.temperature), head.size, random)
+
+
+def keep_head(store: SignalStore, model: nn.Module, tokenizer: Any) -> None:
+    """Put the teacher's head beside hidden states, once."""
+    if HEAD not in store:
+        head = head_of(model, tokenizer)
+        store.append([HEAD], [pack_head(head, head.weight.dtype)], 0)
+
+
+class _no_taps:
+    def __enter__(self) -> Mapping[str, Tensor]:
+        return {}
+
+    def __exit__(self, *_: Any) -> None:
+        return None
+
+
+class SignalReader:
+    """Signals of examples as the tensors of a batch. It may be handed to worker processes.
+
+    Args:
+        store: of one kind.
+        kind: which.
+        vocabulary: of the teacher.
+    """
+
+    def __init__(self, store: SignalStore, kind: SignalKind, vocabulary: int) -> None:
+        self._store, self._kind, self._vocabulary = store, kind, vocabulary
+
+    def head(self) -> Head | None:
+        """The teacher's head, of hidden states."""
+        return unpack_head(self._heads_record()) if self._kind.kind == "hidden" else None
+
+    def _heads_record(self) -> Mapping[str, Any]:
+        return self._store.read([HEAD])[0]
+
+    def missing(self, examples: Iterable[TokenizedExample]) -> list[str]:
+        """Examples that have no signal."""
+        return [example.id for example in examples if example.id not in self._store]
+
+    def read(self, examples: Sequence[TokenizedExample]) -> dict[str, Tensor]:
+        """Tensors by name, one row for each supervised token of the examples, in order.
+
+        Returns:
+            ``states`` [n, width]; or ``ids``, ``log_probs`` [n, k] and ``log_tail`` [n]; or ``ids``, ``entry_weights``
+            [n, m] and ``entropy`` [n]; and ``layer:<path>`` [n, width] for each inner layer.
+
+        Raises:
+            WorkspaceError: an example has no signal, its bytes are damaged, or they are of other tokens.
+        """
+        records = self._store.read([example.id for example in examples])
+        tables: dict[str, list[Tensor]] = {}
+        for example, record in zip(examples, records, strict=True):
+            table = self._unpacked(record)
+            wanted = int(example.supervised.sum())
+            for name, rows in table.items():
+                if len(rows) != wanted:
+                    raise WorkspaceError(
+                        f"the signal of example {example.id} has {len(rows)} rows and the example {wanted} supervised "
+                        f"tokens: it was made for other tokens; delete {self._store.folder} and run `attar score`"
+                    )
+                tables.setdefault(name, []).append(rows)
+        return {name: _stacked(rows, -1 if name == "ids" else _EMPTY.get(name, 0.0)) for name, rows in tables.items()}
+
+    def _unpacked(self, record: Mapping[str, Any]) -> dict[str, Tensor]:
+        table: dict[str, Tensor] = {}
+        if self._kind.kind == "hidden":
+            table["states"] = from_array(record["states"])
+        elif self._kind.kind == "top_k":
+            table |= unpack_top_k(record, self._vocabulary)._asdict()
+        else:
+            sample = unpack_sampled(record, self._vocabulary)
+            table |= {
+                "ids": sample.ids,
+                "entry_weights": sample.entry_weights.float(),
+                "entropy": sample.entropy.float(),
+            }
+        for number, path in enumerate(self._kind.layers):
+            table[f"layer:{path}"] = from_array(record[f"layer-{number}"])
+        return table
+
+
+_EMPTY = {"log_probs": float("-inf")}
+
+
+def _stacked(parts: Sequence[Tensor], padding: float) -> Tensor:
+    """Parts one below the other; ragged ones padded on the right."""
+    if parts[0].dim() == 1:
+        return torch.cat(list(parts))
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([nn.functional.pad(part, (0, width - part.shape[1]), value=padding) for part in parts])
