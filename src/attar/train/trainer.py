@@ -68,7 +68,8 @@ class DistillationTrainer(Trainer):
         args.logging_nan_inf_filter = False
         if args.gradient_checkpointing:
             # The wrapper has no such method; and the teacher keeps nothing for a backward pass anyway.
-            distilled.student.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+            student: Any = distilled.student
+            student.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
             args.gradient_checkpointing = False
         super().__init__(model=distilled, args=args, data_collator=data_collator or default_data_collator, **kwargs)
         self.objectives = distilled.objectives
