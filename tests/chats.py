@@ -1,10 +1,13 @@
-"""Chat templates of the kinds in use, and small tokenizers to go with them."""
+"""Chat templates of the kinds in use, small tokenizers to go with them, and conversations to render."""
 
 import copy
 import random
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from attar.data.conversations import parse_conversation
+from attar.tokens import encode_conversation, highlight
 
 SPECIAL = [
     "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|begin|>", "<|header|>", "<|/header|>", "<|eot|>", "<|eom|>",
@@ -187,3 +190,62 @@ def with_template(tokenizer, template):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = template
     return tokenizer
+
+
+TEMPLATES = {
+    "chatml": CHATML,
+    "marked": CHATML_MARKED,
+    "llama": LLAMA,
+    "qwen": QWEN,
+    "gemma": GEMMA,
+    "mistral": MISTRAL,
+}
+TOKENIZERS = {name: byte_level(template) for name, template in TEMPLATES.items()}
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "the weather",
+        "parameters": {"type": "object", "properties": {"place": {"type": "string"}}},
+    },
+}
+TALK = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "hello there"},
+    {"role": "user", "content": "is it cold in Oslo?"},
+    {"role": "assistant", "content": "it is 3 degrees"},
+]
+CALL = {"id": "a1", "type": "function", "function": {"name": "weather", "arguments": {"place": "Oslo", "n": 3}}}
+TOOL_TALK = [
+    {"role": "user", "content": "is it cold in Oslo?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "a1", "content": "3 degrees"},
+    {"role": "assistant", "content": "it is cold"},
+]
+
+
+def encode(tokenizer, messages, tools=(), max_tokens=10_000, **options):
+    row = {"messages": messages, "tools": list(tools)}
+    return encode_conversation(tokenizer, parse_conversation(row), max_tokens=max_tokens, **options)
+
+
+def learned(tokenizer, example):
+    """The stretches of text that are learned."""
+    return [text for text, supervised in highlight(tokenizer, example) if supervised]
+
+
+def theirs(tokenizer, messages, tools=()):
+    """Token ids as transformers makes them."""
+    return tokenizer.apply_chat_template(messages, tools=list(tools) or None, return_dict=False)
+
+
+# what ends an answer in each of TOKENIZERS
+ENDS = {
+    "chatml": "<|im_end|>",
+    "marked": "<|im_end|>",
+    "llama": "<|eot|>",
+    "qwen": "<|im_end|>",
+    "gemma": "</turn>",
+    "mistral": "<eos>",
+}

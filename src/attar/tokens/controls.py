@@ -225,6 +225,8 @@ class Marks:
         return value
 
     def _mark(self, match: re.Match[str]) -> str:
+        if self.manner == "instead":
+            return "\ufffd" * len(match.group())
         before, after = self.manner != "after", self.manner != "before"
         if self.manner == "inward":
             before = bool(match.string[: match.start()].strip())

@@ -138,22 +138,29 @@ class Turns:
 
     def _quoted(self, messages: Sequence[Mapping[str, Any]], text: str, where: str) -> frozenset[int]:
         """Where control strings start in the text that were in the content, not in the template."""
-        given = [*strings(messages), *strings(self._tools), *strings(self._variables)]
+        given = [*strings(messages), *strings(self._tools)]
         spelled = sorted({m.group() for string in given for m in self.coder.any_control.finditer(string)})
         if not spelled:
             return frozenset()
         used = set(text).union(*given, self._template)
         before, after = [chr(i) for i in _PRIVATE if chr(i) not in used][:2]
-        for manner in Marks.MANNERS:
+
+        def rendered(manner: str) -> tuple[str, frozenset[int]]:
             marks = Marks(before, after, manner)
             tools = None if self._tools is None else marks.value(self._tools, self.coder.any_control)
+            return marks.find(self._render(marks.messages(messages, self.coder), where, tools=tools), self.coder)
+
+        def spellings(text: str, quoted: frozenset[int]) -> list[str]:
+            return [text[s:e] for s, e in self.coder.occurrences(text) if s not in quoted]
+
+        for manner in Marks.MANNERS:
             try:
-                marked = self._render(marks.messages(messages, self.coder), where, tools=tools)
+                unmarked, quoted = rendered(manner)
+                # What is left as the template's own must be what it writes for content that spells nothing.
+                if unmarked == text and spellings(text, quoted) == spellings(*rendered("instead")):
+                    return quoted
             except DataError:
                 continue
-            unmarked, quoted = marks.find(marked, self.coder)
-            if unmarked == text:
-                return quoted
         raise DataError(
             f"{where}: the content spells {', '.join(spelled)}, and the chat template renders it in another way when "
             "that is marked as text, so it cannot be told from the template's own; leave the conversation out, or put "

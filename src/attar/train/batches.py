@@ -46,9 +46,10 @@ class TokenBudgetBatches:
     """A batch sampler: lists of row numbers whose padded tokens stay within a budget.
 
     Rows are shuffled, cut into windows, sorted by length within each window, cut into batches, and the batches are
-    shuffled. Every row comes exactly once in an epoch, on one of the processes, and all processes get equally many
-    batches: the ones with most rows are halved until the number divides. An epoch is the same wherever and however
-    often it is drawn, so that a run can go on in the middle of one.
+    shuffled. Every row comes once in an epoch, on one of the processes, and all processes get equally many batches:
+    the ones with most rows are halved until the number divides. Only where no batch has two rows, so that none can be
+    halved, some come twice (fewer than there are processes); ``repeated`` says how many. An epoch is the same wherever
+    and however often it is drawn, so that a run can go on in the middle of one.
 
     Args:
         lengths: tokens of each row, at least 1.
@@ -100,7 +101,7 @@ class TokenBudgetBatches:
         Raises:
             ValueError: more batches are skipped than the epoch has.
         """
-        self._batches = self._draw(epoch)
+        self._batches, self.repeated = self._draw(epoch)
         per_process = len(self._batches) // self.num_processes
         if not 0 <= skip <= per_process:
             raise ValueError(f"skip is {skip}, but epoch {epoch} has {per_process} batches on each process")
@@ -117,7 +118,8 @@ class TokenBudgetBatches:
     @property
     def real_share(self) -> float:
         """Tokens that are not padding, as a share of all tokens of this epoch on all processes."""
-        return sum(self.lengths) / sum(len(batch) * self._longest(batch) for batch in self._batches)
+        real = sum(self.lengths[row] for batch in self._batches for row in batch)
+        return real / sum(len(batch) * self._longest(batch) for batch in self._batches)
 
     @property
     def over_budget(self) -> int:
@@ -127,7 +129,7 @@ class TokenBudgetBatches:
     def _longest(self, batch: list[int]) -> int:
         return max(self.lengths[row] for row in batch)
 
-    def _draw(self, epoch: int) -> list[list[int]]:
+    def _draw(self, epoch: int) -> tuple[list[list[int]], int]:
         rng = random.Random(f"{self.seed}/{epoch}")
         order = list(range(len(self.lengths)))
         rng.shuffle(order)
@@ -135,13 +137,18 @@ class TokenBudgetBatches:
         for start in range(0, len(order), self.window):
             jittered = [(self.lengths[row] * rng.uniform(1, 1 + _JITTER), row) for row in order[start:][: self.window]]
             batches += self._cut([row for _, row in sorted(jittered)])
+        rng.shuffle(batches)
         while len(batches) % self.num_processes:
             largest = max(range(len(batches)), key=lambda number: len(batches[number]))
             rows = batches[largest]
+            if len(rows) == 1:
+                break
             batches[largest] = rows[: len(rows) // 2]
             batches.append(rows[len(rows) // 2 :])
+        repeated = -len(batches) % self.num_processes
+        batches += batches[:repeated]
         rng.shuffle(batches)
-        return batches
+        return batches, repeated
 
     def _cut(self, rows: list[int]) -> list[list[int]]:
         """Rows in order, as many to a batch as the budget allows."""
