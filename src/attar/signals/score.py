@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ CONTENT_FREE = "content-free:"
 
 
 def open_store(recipe: Recipe, run: Run) -> SignalStore:
-    """The store of the teacher's raw scores of words, [examples, prompts, words] by example id."""
+    """The store of the teacher's raw scores of words: ``scores`` [1, prompts, words] by example id."""
     question = LabelQuestion(recipe)
     teacher = recipe.teacher
     return SignalStore(
@@ -43,22 +44,25 @@ def open_store(recipe: Recipe, run: Run) -> SignalStore:
 
 
 def score(recipe: Recipe, run: Run) -> dict[str, Any]:
-    """Ask the teacher about every request of train and val, once; goes on after the last whole shard."""
+    """Ask the teacher about every request of train and val that has no score yet."""
     store = open_store(recipe, run)
     rows = [row for split in ("train", "val") for row in read_jsonl(run.path("data", f"{split}.jsonl"))]
-    wanted = [(row["id"], row["text"]) for row in rows]
-    wanted += [(CONTENT_FREE + text, text) for text in recipe.teacher.content_free]
-    done = len(store.ids)
+    wanted = {row["id"]: row["text"] for row in rows}
+    wanted |= {CONTENT_FREE + text: text for text in recipe.teacher.content_free}
+    left = [(name, text) for name, text in wanted.items() if name not in store]
+    done = len(wanted) - len(left)
     started = time.perf_counter()
-    if done < len(wanted):
+    if left:
+        # A damaged shard is better found before the teacher works than after.
+        store.verify()
         engine = load_teacher(recipe)
         question = LabelQuestion(recipe)
         with track(run.progress, "teacher scores the pool", len(wanted)) as step:
             step.advance(done)
-            for start in range(done, len(wanted), SHARD):
-                shard = wanted[start : start + SHARD]
+            for start in range(0, len(left), SHARD):
+                shard = left[start : start + SHARD]
                 values, tokens = question.ask(engine, [text for _, text in shard])
-                store.append([name for name, _ in shard], values, tokens)
+                store.append([name for name, _ in shard], [{"scores": rows[None]} for rows in values], tokens)
                 step.advance(len(shard))
     return {"examples": len(wanted), "tokens": store.tokens, "seconds_now": round(time.perf_counter() - started, 1)}
 
@@ -69,14 +73,19 @@ def calibrate(recipe: Recipe, run: Run) -> dict[str, Any]:
     ids = {split: [row["id"] for row in read_jsonl(run.path("data", f"{split}.jsonl"))] for split in ("train", "val")}
     dev = [row["label"] for row in read_jsonl(run.path("data", "dev.jsonl"))]
     prior = prior_shares(recipe, dev)
-    free = store.read([CONTENT_FREE + text for text in recipe.teacher.content_free])
+    free = _scores(store, [CONTENT_FREE + text for text in recipe.teacher.content_free])
     owners = LabelQuestion(recipe).owners
-    fitted = fit_calibration(recipe, owners, store.read(ids["train"] + ids["val"]), free, prior)
+    fitted = fit_calibration(recipe, owners, _scores(store, ids["train"] + ids["val"]), free, prior)
     write_json(run.path("signals", "labels", "calibration.json"), fitted.to_json())
     for split, names in ids.items():
-        values = fitted.apply(store.read(names)).astype(np.float32)
+        values = fitted.apply(_scores(store, names)).astype(np.float32)
         write_atomic(run.path("signals", "labels", f"{split}.npy"), _npy(values))
     return {"prior": dict(zip(recipe.data.labels, prior.round(4).tolist(), strict=True))}
+
+
+def _scores(store: SignalStore, ids: Sequence[str]) -> np.ndarray[Any, Any]:
+    """[examples, prompts, words]"""
+    return np.concatenate([record["scores"] for record in store.read(ids)])
 
 
 def _npy(values: np.ndarray[Any, Any]) -> bytes:

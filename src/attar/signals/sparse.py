@@ -53,7 +53,7 @@ def logit_chunks(hidden: Tensor, head: Head, chunk_tokens: int = CHUNK_TOKENS) -
     head.check("hidden", hidden)
     dtype = head.product_dtype(hidden)
     head = head.cast(dtype)
-    for states in hidden.detach().split(chunk_tokens):
+    for states in torch.split(hidden.detach(), chunk_tokens):
         yield head.logits(states.to(dtype))
 
 
