@@ -158,7 +158,9 @@ def test_a_loader_gives_every_row_under_its_number():
     examples = [example(range(n), [i > 0 for i in range(n)]) for n in lengths(40, 2, 20)]
     sampler = TokenBudgetBatches([len(e) for e in examples], 64, seed=0)
     seen = []
-    for batch in DataLoader(TokenizedRows(examples), batch_sampler=sampler, collate_fn=lambda rows: collate(rows, 0)):
+    for batch in DataLoader(
+        TokenizedRows(examples, 64), batch_sampler=sampler, collate_fn=lambda rows: collate(rows, 0)
+    ):
         for row, mask in zip(batch["index"].tolist(), batch["attention_mask"], strict=True):
             assert mask.sum() == len(examples[row])
             seen.append(row)

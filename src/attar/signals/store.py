@@ -131,7 +131,7 @@ class SignalStore:
         self._add(_Shard(description))
 
     def read(self, ids: Sequence[str], names: Sequence[str] | None = None) -> list[dict[str, npt.NDArray[Any]]]:
-        """Records of some examples, in the order asked; the arrays are copies, those of all names in their order.
+        """Records of some examples, in the order asked; the arrays are copies.
 
         Args:
             ids: of stored examples.
