@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 
 from attar.errors import ModelError
-from attar.progress import Progress
+from attar.progress import Progress, Silent
 from attar.recipe import Recipe, load_recipe
 from attar.workspace import file_digest, replace_folder
 
@@ -112,3 +112,8 @@ def demo_recipe(folder: Path, overrides: list[str], progress: Progress) -> Recip
     """The router recipe with the cached teacher, writing into ``folder``."""
     teacher = f"teacher.model=hf:{teacher_folder(progress)}"
     return load_recipe(demo_files() / "attar.yaml", [teacher, f"run.folder={folder.resolve()}", *overrides])
+
+
+if __name__ == "__main__":
+    # For shells: --set teacher.model=hf:$(python -m attar.demo)
+    sys.stdout.write(f"{teacher_folder(Silent())}\n")

@@ -91,4 +91,63 @@ _CLASSIFY = (
     _REPORT,
 )
 
-STAGES: dict[str, tuple[Stage, ...]] = {"classify": _CLASSIFY}
+_CHAT = (
+    Stage("curate", "attar.collect.conversations:curate", ("data", "curate", "run.seed"), (), ("data",), data=True),
+    Stage(
+        "score",
+        "attar.signals.chat:score",
+        ("teacher.dtype", "curate.max_tokens", "curate.max_truncated", "distill", "run.seed"),
+        ("curate",),
+        ("signals/tokens",),
+        teacher=True,
+    ),
+    Stage(
+        "train",
+        "attar.train.chat:train",
+        (
+            "teacher.dtype",
+            "student",
+            "curate.max_tokens",
+            "curate.max_truncated",
+            "distill",
+            "train",
+            "run.seed",
+            *_MACHINE,
+        ),
+        ("curate", "score"),
+        ("models", "work"),
+        teacher=True,
+    ),
+    Stage(
+        "export",
+        "attar.students.chat:export",
+        ("export", "train.seeds", "student.dtype", "curate.max_tokens", "curate.max_truncated"),
+        ("curate", "train"),
+        ("export",),
+        teacher=True,
+    ),
+    Stage(
+        "evaluate",
+        "attar.evaluate.chat:evaluate",
+        (
+            "name",
+            "task",
+            "data.licence",
+            "teacher",
+            "student",
+            "curate",
+            "distill",
+            "train.seeds",
+            "export",
+            "evaluate",
+            "run.seed",
+            *_MACHINE,
+        ),
+        ("curate", "score", "train", "export"),
+        ("evaluate",),
+        teacher=True,
+    ),
+    _REPORT,
+)
+
+STAGES: dict[str, tuple[Stage, ...]] = {"classify": _CLASSIFY, "chat": _CHAT}

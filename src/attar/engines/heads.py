@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from attar.errors import CapabilityError
 from attar.losses.terms import Head
 
-__all__ = ["check_head", "eval_mode", "head_of", "hidden_states", "plain_model"]
+__all__ = ["check_head", "decoder_path", "eval_mode", "head_of", "hidden_states", "plain_model"]
 
 # Largest difference of logits, as a share of the largest logit, between the model and its head on the same states.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -44,7 +44,8 @@ def plain_model(model: Any) -> Any:
     Raises:
         CapabilityError: the adapter is a prompt that is put before the input, which has no place in the model itself.
     """
-    if not hasattr(model, "peft_config"):
+    # A model that has adapters in place has a peft_config too; only the PEFT model around it can give it back.
+    if not hasattr(model, "get_base_model"):
         return model
     if model.active_peft_config.is_prompt_learning:
         raise CapabilityError(
@@ -96,6 +97,13 @@ def head_of(model: Any, tokenizer: Any = None) -> Head:
         softcap=getattr(config, "final_logit_softcapping", None),
         vocabulary=vocabulary,
     )
+
+
+def decoder_path(model: Any) -> str:
+    """The path of the module that ``hidden_states`` calls, counted from ``plain_model``: what taps have to know."""
+    plain = plain_model(model)
+    decoder = plain.get_decoder()
+    return next(name for name, module in plain.named_modules() if module is decoder)
 
 
 def hidden_states(model: Any, **inputs: Any) -> Tensor:

@@ -11,7 +11,7 @@ from attar.recipe import Recipe
 __all__ = ["Finding", "check"]
 
 # task -> the room that checks it
-_ROOMS = {"classify": "attar.preflight.classify"}
+_ROOMS = {"classify": "attar.preflight.classify", "chat": "attar.preflight.chat"}
 
 
 def check(recipe: Recipe) -> list[Finding]:

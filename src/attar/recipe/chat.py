@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -43,16 +43,24 @@ class Shrink(Part):
     choose: Literal["even", "first", "alternate", "block_influence"] = "even"
     """which: evenly spaced with both ends, the first ones, every other one (DistilBERT), or those that change their
     input most on the training conversations (ShortGPT)"""
-    width: Positive | None = None
-    """of the residual stream, by activation importance (Minitron)"""
+    hidden: Positive | None = None
+    """width of the residual stream, by activation importance (Minitron)"""
     intermediate: Positive | None = None
-    """of the feed-forward layers, by activation importance"""
+    """width of the feed-forward layers, by activation importance"""
     heads: Positive | None = None
-    """attention heads a layer, by activation importance"""
+    """query heads a layer, by activation importance"""
+    kv_heads: Positive | None = None
+    """key-value heads a layer, by activation importance"""
     vocabulary: Literal["keep", "trim"] = "keep"
     """trim: keep the tokens that the conversations use"""
     fresh: bool = False
-    """keep the sizes that the keys above ask for, and start from random weights"""
+    """start from random weights, of the sizes that the keys above ask for"""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Shrink:
+        if self.layers is None and self.choose != "even":
+            raise ValueError("student.shrink.choose: it chooses layers, and student.shrink.layers is not set")
+        return self
 
 
 class Lora(Part):
@@ -107,6 +115,8 @@ class Feature(Part):
     """path of the student's layer -> path of the teacher's"""
     loss: str = "cosine"
     """a name of `attar.losses.FEATURE_LOSSES`"""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """of that loss"""
 
 
 Objective = Annotated[Response | Logit | Feature, Field(discriminator="kind")]
@@ -119,8 +129,10 @@ class Signals(Part):
     """ask the teacher in every step, or once before training"""
     kind: Literal["sampled", "top_k", "hidden"] = "sampled"
     """of cached signals: what is kept of a distribution"""
-    entries: Positive = 48
-    """tokens kept of a distribution, of `sampled` and `top_k`"""
+    entries: Positive = 64
+    """of `top_k`: tokens kept of a distribution"""
+    threshold: float = Field(default=0.02, gt=0, le=1, strict=False)
+    """of `sampled`: a token of at least this probability is kept, others by chance"""
 
 
 class Distill(Part):
@@ -199,6 +211,12 @@ class ChatRecipe(Recipe):
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRecipe:
+        signals = self.distill.signals
+        if self.student.shrink.vocabulary == "trim" and signals.source == "cached" and signals.kind != "hidden":
+            raise ValueError(
+                f"distill.signals.kind: {signals.kind} signals hold ids of the teacher's whole vocabulary, and "
+                "student.shrink.vocabulary is trim; set kind: hidden, or source: live"
+            )
         if self.student.model is not None and not self.student.model.startswith("hf:"):
             raise ValueError(f"student.model: {self.student.model!r} is not `hf:FOLDER`")
         return self

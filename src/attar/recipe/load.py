@@ -11,11 +11,12 @@ from pydantic import BaseModel, ValidationError
 
 from attar.errors import RecipeError
 from attar.recipe.base import Recipe, nearest
+from attar.recipe.chat import ChatRecipe
 from attar.recipe.classify import ClassifyRecipe
 
 __all__ = ["TASKS", "load_recipe", "parse_recipe"]
 
-TASKS: dict[str, type[Recipe]] = {"classify": ClassifyRecipe}
+TASKS: dict[str, type[Recipe]] = {"classify": ClassifyRecipe, "chat": ChatRecipe}
 
 
 def _model_at(recipe: type[Recipe], location: Sequence[Any]) -> type[BaseModel] | None:

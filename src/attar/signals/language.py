@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attar.engines.heads import head_of, hidden_states, plain_model
+from attar.engines.heads import decoder_path, head_of, hidden_states, plain_model
 from attar.errors import WorkspaceError
 from attar.losses import Head
 from attar.signals.hidden import HEAD, from_array, pack_head, to_array, unpack_head
@@ -42,7 +43,7 @@ class SignalKind:
     """of states"""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def ask(model: nn.Module, tokenizer: Any, examples: Sequence[TokenizedExample], kind: SignalKind) -> list[Packed]:
     """The signals of some examples, one record each, from one padded forward pass.
 
@@ -59,7 +60,7 @@ def ask(model: nn.Module, tokenizer: Any, examples: Sequence[TokenizedExample], 
     for row, example in enumerate(examples):
         ids[row, : len(example)] = torch.from_numpy(example.ids)
     head = head_of(model, tokenizer)
-    with Taps(plain_model(model), kind.layers) if kind.layers else _no_taps() as taps:
+    with _tapped(model, kind.layers) as taps:
         states = hidden_states(model, input_ids=ids.to(device))
         layers = [taps[path] for path in kind.layers]
     records = []
@@ -91,12 +92,8 @@ def keep_head(store: SignalStore, model: nn.Module, tokenizer: Any) -> None:
         store.append([HEAD], [pack_head(head, head.weight.dtype)], 0)
 
 
-class _no_taps:
-    def __enter__(self) -> Mapping[str, Tensor]:
-        return {}
-
-    def __exit__(self, *_: Any) -> None:
-        return None
+def _tapped(model: nn.Module, layers: Sequence[str]) -> Any:
+    return Taps(plain_model(model), layers, called=decoder_path(model)) if layers else nullcontext({})
 
 
 class SignalReader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 
@@ -12,7 +13,7 @@ from torch.utils.data import Dataset
 from attar.signals.language import SignalReader
 from attar.tokens import TokenizedExample
 
-__all__ = ["SIGNAL", "Collator", "TokenBudgetBatches", "TokenizedRows", "collate"]
+__all__ = ["SIGNAL", "Collator", "Epochs", "TokenBudgetBatches", "TokenizedRows", "collate"]
 
 SIGNAL = "signal_"
 """batch keys that begin so hold the teacher's cached signals, one row a supervised token of the batch, in order"""
@@ -161,6 +162,23 @@ class TokenBudgetBatches:
                 longest = self.lengths[row]
             batches[-1].append(row)
         return batches
+
+
+class Epochs:
+    """The batches of several epochs in a row. A fraction of an epoch is that share of its batches."""
+
+    def __init__(self, batches: TokenBudgetBatches, epochs: float) -> None:
+        self._all: list[list[int]] = []
+        for epoch in range(math.ceil(epochs)):
+            batches.set_epoch(epoch)
+            drawn = list(batches)
+            self._all += drawn[: max(1, round(min(1.0, epochs - epoch) * len(drawn)))]
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._all)
 
 
 def collate(rows: Sequence[tuple[int, TokenizedExample]], pad_token_id: int) -> dict[str, Tensor]:

@@ -142,6 +142,11 @@ class Distilled(nn.Module):
         """The module that paths count from."""
         return module
 
+    def _called(self, module: nn.Module) -> str:
+        """The path of the inner module that a forward calls; empty for the module itself."""
+        del module
+        return ""
+
     def _matched(self, feature: Feature) -> list[tuple[str, str]]:
         """A feature's pairs, with globs resolved: as many matches on both sides, in order."""
         pairs = []
@@ -160,7 +165,9 @@ class Distilled(nn.Module):
         """Taps on the layers that these objectives (None: all) read of a side; nothing where there are none."""
         wanted = self._pairs if numbers is None else {number: self._pairs[number] for number in numbers}
         paths = list(dict.fromkeys(pair[side] for matched in wanted.values() for pair in matched))
-        return Taps(self._inner(module), paths) if module is not None and paths else _Nothing()
+        if module is None or not paths:
+            return _Nothing()
+        return Taps(self._inner(module), paths, called=self._called(module))
 
     def _feature(
         self, number: int, batch: Batch, ours: Taps, theirs: Taps | None, denominator: Tensor | None

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attar.engines.heads import head_of, hidden_states, plain_model
+from attar.engines.heads import decoder_path, head_of, hidden_states, plain_model
 from attar.errors import CapabilityError, DataError
 from attar.losses import CrossEntropyTerm, Divergence, DivergenceTerm, Head, SampledTerm, Term, TopKTerm, projected_loss
 from attar.taps import Taps
@@ -97,6 +97,9 @@ class LanguageModel(Distilled):
     def _inner(self, module: nn.Module) -> nn.Module:
         inner: nn.Module = plain_model(module.model if isinstance(module, _States) else module)
         return inner
+
+    def _called(self, module: nn.Module) -> str:
+        return decoder_path(self._inner(module))
 
     def _run(self, batch: Batch) -> _Outputs:
         mask = batch[SUPERVISED][:, 1:]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from attar.errors import TrainingError
-from attar.train.batches import TokenBudgetBatches
+from attar.train.batches import Epochs, TokenBudgetBatches
 from attar.train.distilled import AnyModule, Distilled
 from attar.train.language_model import LanguageModel, is_language_model
 from attar.train.objectives import AnyObjective
@@ -76,6 +76,10 @@ class DistillationTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.distilled = distilled
         self._logged: dict[str, list[float]] = {}
+        lengths = getattr(self.train_dataset, "lengths", None)
+        if lengths is not None and args.max_steps <= 0:
+            # The loader gives the batches of all epochs in a row, as their number differs.
+            args.max_steps = math.ceil(len(self.get_train_dataloader()) / args.gradient_accumulation_steps)
         self._names = _unique([objective.name for objective in self.objectives])
         if self.train_dataset is not None:
             distilled.probe(self._prepare_inputs(self.data_collator([self.train_dataset[0]])), args.seed)
@@ -84,6 +88,17 @@ class DistillationTrainer(Trainer):
                 distilled.teacher = self.accelerator.prepare_model(distilled.teacher, evaluation_mode=True)
             else:
                 distilled.teacher = distilled.teacher.to(args.device)
+
+    @property
+    def real_share(self) -> float:
+        """Tokens that are no padding, as a share of those of all batches; 1 where batches are not by tokens."""
+        lengths = getattr(self.train_dataset, "lengths", None)
+        if lengths is None:
+            return 1.0
+        batches = list(self.get_train_dataloader().batch_sampler or ())
+        padded: int = sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
+        real: int = sum(lengths[row] for batch in batches for row in batch)
+        return real / padded
 
     @property
     def student(self) -> nn.Module:
@@ -212,10 +227,9 @@ class DistillationTrainer(Trainer):
             num_processes=self.args.world_size,
             rank=self.args.process_index,
         )
-        epochs = self.args.num_train_epochs if shuffled else 1
         return DataLoader(
             dataset,
-            batch_sampler=_Epochs(batches, epochs),
+            batch_sampler=Epochs(batches, self.args.num_train_epochs if shuffled else 1),
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
@@ -252,28 +266,6 @@ class DistillationTrainer(Trainer):
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             (folder / COMPLETE).touch()
-
-
-class _Epochs:
-    """The batches of several epochs in a row, so that the number of an epoch's batches may differ.
-
-    A fraction of an epoch is that share of its batches.
-    """
-
-    def __init__(self, batches: TokenBudgetBatches, epochs: float) -> None:
-        self._batches = batches
-        self._all: list[list[int]] = []
-        for epoch in range(math.ceil(epochs)):
-            batches.set_epoch(epoch)
-            drawn = list(batches)
-            left = min(1.0, epochs - epoch)
-            self._all += drawn[: max(1, round(left * len(drawn)))]
-
-    def __len__(self) -> int:
-        return len(self._all)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._all)
 
 
 def _unique(names: Sequence[str]) -> list[str]:

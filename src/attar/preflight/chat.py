@@ -1,0 +1,183 @@
+"""What can be known of a language model's job."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import torch
+
+from attar.collect.conversations import split
+from attar.data.types import Conversation
+from attar.engines.heads import check_head, head_of
+from attar.engines.load import teacher_files
+from attar.errors import AttarError
+from attar.preflight.findings import Finding
+from attar.recipe import ChatRecipe
+from attar.students.language import Student, build_student, encode, load_teacher_model
+from attar.tokens import TokenizedExample, highlight
+from attar.train.batches import Collator, TokenizedRows
+from attar.train.chat import objectives_of
+from attar.train.language_model import LanguageModel
+from attar.train.objectives import Logit, Response
+
+__all__ = ["check"]
+
+_PREVIEWED = 2
+_PREVIEW_CHARACTERS = 700
+# Two objectives whose gradients differ by more than this are not mixed by weights near 1.
+_GRADIENTS_APART = 100.0
+# Largest divergence, in nats a token, of a teacher from itself: rounding.
+_SELF = 1e-4
+
+
+def check(recipe: ChatRecipe) -> list[Finding]:
+    """Look at files, tokens and models: loads the teacher, builds the student, and computes one batch with both."""
+    findings: list[Finding] = []
+    try:
+        splits, dropped = split(recipe)
+        findings.append(Finding("ok", "conversations: " + ", ".join(f"{n} {len(c)}" for n, c in splits.items())))
+        findings += [Finding("warn", f"{n} dropped: {reason}") for reason, n in dropped.items()]
+        teacher_files(recipe)
+        findings += _memory(recipe)
+        teacher, tokenizer = load_teacher_model(recipe)
+        check_head(teacher, tokenizer)
+        student = build_student(recipe, teacher, tokenizer, splits["train"], recipe.run.seed)
+        check_head(student.model, student.tokenizer)
+        findings += _vocabularies(recipe, teacher, tokenizer, student)
+        if any(finding.level == "refuse" for finding in findings):
+            return findings
+        findings += _tokens(recipe, student.tokenizer, splits)
+        findings += _one_batch(recipe, teacher, tokenizer, student, splits["train"])
+    except AttarError as error:
+        findings.append(Finding("refuse", str(error)))
+    return findings
+
+
+def _memory(recipe: ChatRecipe) -> Iterator[Finding]:
+    """What weights, gradients and optimiser take, against what is free; activations come on top."""
+    place = teacher_files(recipe)
+    stored = (
+        sum(path.stat().st_size for path in place.glob("*.safetensors")) if place.is_dir() else place.stat().st_size
+    )
+    free = psutil.virtual_memory().available
+    # The student has at most the teacher's weights, each with a gradient and Adam's two moments.
+    needed = 5 * stored
+    yield Finding(
+        "warn" if needed > free else "ok",
+        f"weights, gradients and optimiser take at most {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
+    )
+    disk = shutil.disk_usage(recipe.folder.parent if recipe.folder.parent.exists() else ".").free
+    wanted = 10 * stored
+    yield Finding("refuse" if wanted > disk else "ok", f"about {wanted / 1e9:.1f} GB of disk, {disk / 1e9:.1f} GB free")
+
+
+def _vocabularies(recipe: ChatRecipe, teacher: Any, tokenizer: Any, student: Student) -> Iterator[Finding]:
+    """Maps are compared, not sizes; then special tokens, templates and padding."""
+    ours, theirs = student.tokenizer.get_vocab(), tokenizer.get_vocab()
+    if student.kept is not None:
+        original = {place: token for token, place in theirs.items()}
+        different = [t for t, i in ours.items() if original.get(int(student.kept[i])) != t]
+    else:
+        different = sorted({t for t in {*ours, *theirs} if ours.get(t) != theirs.get(t)})
+    needs_teacher = any(spec.kind == "logit" for spec in recipe.distill.objectives)
+    if different:
+        first = different[0]
+        yield Finding(
+            "refuse" if needs_teacher else "warn",
+            f"the vocabularies of teacher and student differ in {len(different)} tokens, such as {first!r} "
+            f"({theirs.get(first)} and {ours.get(first)}): between different vocabularies only objectives of kind "
+            "response work; use a student with the teacher's tokenizer",
+        )
+    else:
+        yield Finding("ok", f"one vocabulary of {len(ours):,} tokens")
+    for name, model, vocabulary in (("teacher", teacher, theirs), ("student", student.model, ours)):
+        head = head_of(model, student.tokenizer if name == "student" else tokenizer)
+        padded = len(head.weight) - head.size
+        if padded:
+            yield Finding("ok", f"the {name}'s head has {padded} padding rows; they carry no probability")
+        del vocabulary
+    for key in ("bos_token", "eos_token"):
+        mine, other = getattr(student.tokenizer, key), getattr(tokenizer, key)
+        if mine != other:
+            yield Finding("warn", f"{key} is {other!r} for the teacher and {mine!r} for the student")
+    if student.tokenizer.chat_template != tokenizer.chat_template:
+        yield Finding(
+            "refuse" if needs_teacher else "warn",
+            "the chat templates of teacher and student differ: the teacher would read another conversation than the "
+            "student; give both one tokenizer folder",
+        )
+
+
+def _tokens(recipe: ChatRecipe, tokenizer: Any, splits: dict[str, list[Conversation]]) -> Iterator[Finding]:
+    for name in ("train", "val", "test"):
+        examples, counts = encode(recipe, tokenizer, splits[name])
+        lost = counts["truncated"] or counts["dropped"]
+        yield Finding(
+            "warn" if lost else "ok", f"{name}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items() if n)
+        )
+        longest = max(map(len, examples))
+        if name == "train" and longest > recipe.train.tokens_per_batch:
+            yield Finding(
+                "warn",
+                f"the longest example has {longest} tokens, more than train.tokens_per_batch "
+                f"{recipe.train.tokens_per_batch}; it is a batch of its own",
+            )
+        if name == "train":
+            for example in examples[:_PREVIEWED]:
+                yield Finding("ok", "what is learned stands in [[ ]]:\n" + _preview(tokenizer, example))
+
+
+def _preview(tokenizer: Any, example: TokenizedExample) -> str:
+    text = "".join(f"[[{part}]]" if learned else part for part, learned in highlight(tokenizer, example))
+    cut = text if len(text) <= _PREVIEW_CHARACTERS else text[:_PREVIEW_CHARACTERS] + " ..."
+    return "\n".join("    " + line for line in cut.splitlines())
+
+
+def _one_batch(
+    recipe: ChatRecipe, teacher: Any, tokenizer: Any, student: Student, conversations: list[Conversation]
+) -> Iterator[Finding]:
+    """The teacher as its own student must lose nothing, and objectives must be of comparable size."""
+    examples = encode(recipe, student.tokenizer, conversations[:8])[0]
+    rows = TokenizedRows(examples, recipe.train.tokens_per_batch)
+    batch = Collator(0)([rows[i] for i in range(min(4, len(examples)))])
+    batch = {key: value.to(teacher.device) for key, value in batch.items()}
+    objectives = objectives_of(recipe, "student")
+    divergences = [o for o in objectives if isinstance(o, Logit)]
+    if divergences and student.kept is None:
+        with torch.no_grad():
+            own = LanguageModel(teacher, divergences, teacher, tokenizer=tokenizer)(batch).each
+        worst = float(own.max())
+        yield Finding(
+            "ok" if worst <= _SELF else "refuse",
+            f"the teacher as its own student: loss {worst:.2g}"
+            + ("" if worst <= _SELF else f", at most {_SELF} wanted"),
+        )
+    counts: Counter[str] = Counter()
+    model = LanguageModel(student.model, objectives, teacher, tokenizer=tokenizer, kept=student.kept)
+    model.probe(batch, recipe.run.seed)
+    norms = {}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for number, objective in enumerate(objectives):
+        counts[objective.name] += 1
+        name = objective.name if counts[objective.name] == 1 else f"{objective.name}_{counts[objective.name]}"
+        values = model(batch, None, number)
+        gradients = torch.autograd.grad(values.total, parameters, allow_unused=True)
+        norms[name] = float(torch.stack([g.double().norm() for g in gradients if g is not None]).norm())
+        yield Finding(
+            "ok", f"{name}: {float(values.each[number]):.3g} at the start, weighted gradient {norms[name]:.3g}"
+        )
+    if max(norms.values()) > _GRADIENTS_APART * min(norms.values()):
+        low, high = min(norms, key=norms.__getitem__), max(norms, key=norms.__getitem__)
+        yield Finding(
+            "warn",
+            f"the weighted gradient of {high} is {norms[high] / max(norms[low], 1e-30):,.0f} times that of {low}, "
+            "which hardly counts; change their weights in distill.objectives",
+        )
+    if any(not isinstance(o, Response) for o in objectives):
+        signals = recipe.distill.signals
+        source = "asked in every step" if signals.source == "live" else f"cached as {signals.kind}"
+        yield Finding("ok", f"the teacher's signals: {source}")

@@ -1,0 +1,133 @@
+"""teacher x conversations -> signals/tokens: asked once, for what the objectives need."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from attar.data.conversations import read_conversations
+from attar.engines.load import teacher_files
+from attar.engines.local import load_local, resolve_device
+from attar.progress import track
+from attar.recipe import ChatRecipe
+from attar.signals.language import SignalKind, SignalReader, ask, keep_head
+from attar.signals.packing import Packed
+from attar.signals.store import SignalStore
+from attar.tokens import TokenizedExample, encode_conversations, template_fingerprint
+from attar.workspace import Run
+
+__all__ = ["open_reader", "score", "signal_kind"]
+
+# Examples a shard: what a killed run has to ask again, at most.
+SHARD = 64
+
+
+def signal_kind(recipe: ChatRecipe) -> SignalKind:
+    """What the recipe's objectives need of the teacher."""
+    signals = recipe.distill.signals
+    temperatures = [o.temperature for o in recipe.distill.objectives if o.kind == "logit"]
+    layers = [path for o in recipe.distill.objectives if o.kind == "feature" for path in o.match.values()]
+    return SignalKind(
+        kind=signals.kind,
+        entries=signals.entries,
+        threshold=signals.threshold,
+        # Hidden states give any temperature.
+        temperature=1.0 if signals.kind == "hidden" or not temperatures else temperatures[0],
+        layers=tuple(dict.fromkeys(layers)),
+        seed=recipe.run.seed,
+    )
+
+
+def _open_store(recipe: ChatRecipe, run: Run, tokenizer: Any, kind: SignalKind) -> SignalStore:
+    return SignalStore(
+        run.path("signals", "tokens"),
+        {
+            "kind": kind.kind,
+            **({"entries": kind.entries} if kind.kind == "top_k" else {}),
+            **({"threshold": kind.threshold, "seed": kind.seed} if kind.kind == "sampled" else {}),
+            "temperature": kind.temperature,
+            "layers": list(kind.layers),
+            "states": str(kind.dtype),
+            "teacher": run.fingerprint_path(teacher_files(recipe)),
+            "dtype": recipe.teacher.dtype,
+            "tokenizer and template": template_fingerprint(tokenizer),
+        },
+    )
+
+
+def open_reader(recipe: ChatRecipe, run: Run, tokenizer: Any, vocabulary: int) -> SignalReader:
+    """Read the signals of a run.
+
+    Args:
+        recipe: the job.
+        run: its folder.
+        tokenizer: the teacher's.
+        vocabulary: its size, padding rows not counted.
+
+    Raises:
+        WorkspaceError: they were made by another teacher, with another tokenizer or template, or for other objectives.
+    """
+    kind = signal_kind(recipe)
+    return SignalReader(_open_store(recipe, run, tokenizer, kind), kind, vocabulary)
+
+
+def _examples(recipe: ChatRecipe, run: Run, tokenizer: Any) -> list[TokenizedExample]:
+    examples = []
+    for split in ("train", "val"):
+        conversations, _ = read_conversations(run.path("data", f"{split}.jsonl"), key=split, on_bad_line="stop")
+        examples += encode_conversations(
+            tokenizer,
+            conversations,
+            max_tokens=recipe.curate.max_tokens,
+            max_truncated=recipe.curate.max_truncated,
+        )[0]
+    return examples
+
+
+def score(recipe: ChatRecipe, run: Run) -> dict[str, Any]:
+    """Ask the teacher about every example of train and val, once; goes on after the last whole shard."""
+    logits = any(o.kind != "response" for o in recipe.distill.objectives)
+    if recipe.distill.signals.source == "live" or not logits:
+        return {"examples": 0, "tokens": 0, "bytes": 0}
+    engine = load_local(recipe.teacher.model, dtype=recipe.teacher.dtype, device=resolve_device(recipe.run.device))
+    kind = signal_kind(recipe)
+    store = _open_store(recipe, run, engine.tokenizer, kind)
+    started = time.perf_counter()
+    if kind.kind == "hidden":
+        keep_head(store, engine.model, engine.tokenizer)
+    examples = _examples(recipe, run, engine.tokenizer)
+    todo = [example for example in examples if example.id not in store]
+    with track(run.progress, "teacher scores conversations", len(examples)) as step, torch.no_grad():
+        step.advance(len(examples) - len(todo))
+        for start in range(0, len(todo), SHARD):
+            shard = todo[start : start + SHARD]
+            records: dict[str, Packed] = {}
+            for batch in _batches(shard, recipe.teacher.tokens_per_batch):
+                asked = ask(engine.model, engine.tokenizer, batch, kind)
+                records |= {example.id: record for example, record in zip(batch, asked, strict=True)}
+            store.append([e.id for e in shard], [records[e.id] for e in shard], sum(map(len, shard)))
+            step.advance(len(shard))
+    size = sum(path.stat().st_size for path in store.folder.glob("shard-*"))
+    supervised = sum(int(example.supervised.sum()) for example in examples)
+    return {
+        "examples": len(examples),
+        "tokens": store.tokens,
+        "supervised": supervised,
+        "bytes_per_token": round(size / max(supervised, 1), 1),
+        "seconds_now": round(time.perf_counter() - started, 1),
+    }
+
+
+def _batches(examples: Sequence[TokenizedExample], tokens: int) -> Iterator[list[TokenizedExample]]:
+    """Examples of about one length together, within a budget of padded tokens."""
+    batch: list[TokenizedExample] = []
+    for example in sorted(examples, key=len):
+        if batch and (len(batch) + 1) * len(example) > tokens:
+            yield batch
+            batch = []
+        batch.append(example)
+    if batch:
+        yield batch

@@ -1,0 +1,290 @@
+"""signals -> models/<arm>/seed-<k>: base, control and student of a language model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from attar.data.conversations import read_conversations
+from attar.engines.heads import check_head, head_of
+from attar.engines.local import resolve_device
+from attar.errors import MissingExtra, RecipeError, RunError
+from attar.progress import Silent, Step, track
+from attar.recipe import ChatRecipe
+from attar.signals.chat import open_reader
+from attar.students.adapt import add_lora
+from attar.students.export_lm import merge
+from attar.students.language import build_student, encode, load_teacher_model
+from attar.tokens import TokenizedExample
+from attar.train.batches import Collator, TokenizedRows
+from attar.train.language_model import LanguageModel
+from attar.train.objectives import AnyObjective, Feature, Logit, Response
+from attar.train.trainer import DistillationTrainer, last_checkpoint
+from attar.workspace import Run, replace_folder, write_json
+
+__all__ = ["fit", "objectives_of", "train"]
+
+KEPT = "kept.json"
+"""in a student's folder: the teacher's id of each of its tokens, where its vocabulary was trimmed"""
+
+
+def objectives_of(recipe: ChatRecipe, arm: str) -> list[AnyObjective]:
+    """What an arm learns: the control has the reference's tokens alone, with all the weight."""
+    specs = recipe.distill.objectives
+    if arm == "control":
+        return [Response(weight=sum(spec.weight for spec in specs))]
+    made: list[AnyObjective] = []
+    for spec in specs:
+        if spec.kind == "response":
+            made.append(Response(weight=spec.weight))
+        elif spec.kind == "logit":
+            made.append(Logit(spec.temperature, spec.weight, spec.divergence, spec.alpha, spec.beta))
+        else:
+            made.append(Feature(spec.match, spec.loss, spec.weight, spec.options))
+    return made
+
+
+def train(recipe: ChatRecipe, run: Run) -> dict[str, Any]:
+    """Make the untrained student, and train every arm and seed that is not there yet."""
+    _base(recipe, run)
+    for arm in ("student", "control"):
+        for seed in recipe.train.seeds:
+            folder, work = run.path("models", arm, f"seed-{seed}"), run.path("work", arm, f"seed-{seed}")
+            if not folder.exists():
+                if recipe.train.accelerate is None:
+                    fit(recipe, run, arm, seed)
+                else:
+                    _launch(recipe, run, arm, seed)
+            shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(run.path("work"), ignore_errors=True)
+    student, control = objectives_of(recipe, "student"), objectives_of(recipe, "control")
+    return {
+        "seeds": list(recipe.train.seeds),
+        "control_equals_student": student == control,
+        "parameters": json.loads(run.path("models", "base", "about.json").read_text("utf-8"))["parameters"],
+    }
+
+
+def _base(recipe: ChatRecipe, run: Run) -> None:
+    folder = run.path("models", "base", "seed-0")
+    if folder.exists():
+        return
+    teacher, tokenizer = load_teacher_model(recipe)
+    check_head(teacher, tokenizer)
+    student = build_student(recipe, teacher, tokenizer, _conversations(run, "train"), recipe.run.seed)
+    check_head(student.model, student.tokenizer)
+    parameters = {
+        name: sum(p.numel() for p in model.parameters())
+        for name, model in (("teacher", teacher), ("student", student.model))
+    }
+    with replace_folder(folder) as temporary:
+        student.model.save_pretrained(temporary)
+        student.tokenizer.save_pretrained(temporary)
+        if student.kept is not None:
+            write_json(temporary / KEPT, student.kept.tolist())
+    write_json(run.path("models", "base", "about.json"), {"parameters": parameters})
+
+
+def _conversations(run: Run, split: str) -> Any:
+    return read_conversations(run.path("data", f"{split}.jsonl"), key=split, on_bad_line="stop")[0]
+
+
+def _launch(recipe: ChatRecipe, run: Run, arm: str, seed: int) -> None:
+    """Train under ``accelerate launch``; this process keeps the run's lock and waits."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(recipe.train.accelerate)]
+    worker = ["-m", "attar.train.chat", str(run.path("recipe.resolved.yaml")), arm, str(seed)]
+    done = subprocess.run([*command, *worker], check=False)
+    if done.returncode:
+        raise RunError(
+            f"accelerate launch ended with {done.returncode} while it trained {arm} seed {seed}; its messages are "
+            f"above. Check {recipe.train.accelerate}, or leave train.accelerate out to train in one process"
+        )
+
+
+def _arguments(recipe: ChatRecipe, folder: Path, seed: int) -> TrainingArguments:
+    train = recipe.train
+    try:
+        return TrainingArguments(
+            output_dir=str(folder),
+            num_train_epochs=train.epochs,
+            learning_rate=train.learning_rate,
+            gradient_accumulation_steps=train.gradient_accumulation_steps,
+            weight_decay=train.weight_decay,
+            max_grad_norm=train.max_grad_norm,
+            optim=train.optimizer,
+            lr_scheduler_type="cosine",
+            seed=seed,
+            bf16=train.precision == "bf16",
+            fp16=train.precision == "fp16",
+            use_cpu=resolve_device(recipe.run.device).type == "cpu",
+            eval_strategy="steps",
+            save_strategy="steps",
+            save_total_limit=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_loss",
+            greater_is_better=False,
+            report_to=list(train.report_to),
+            remove_unused_columns=False,
+            disable_tqdm=True,
+        )
+    except ValueError as error:
+        raise RecipeError(f"train: {' '.join(str(error).split())}") from error
+
+
+def _pace(recipe: ChatRecipe, arguments: TrainingArguments, steps: int) -> None:
+    """Evaluate, save and log as often as the recipe says, now that the number of steps is known."""
+    every = max(1, steps // recipe.train.evaluations)
+    arguments.eval_steps = arguments.save_steps = arguments.logging_steps = every
+    arguments.warmup_steps = round(recipe.train.warmup_ratio * steps)
+
+
+class _Report(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, step: Step) -> None:
+        self._step, self._seen = step, 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._step.advance(state.global_step - self._seen)
+        self._seen = state.global_step
+
+
+def load_base(recipe: ChatRecipe, run: Run, seed: int) -> tuple[Any, Any, Tensor | None]:
+    """The untrained student as it is trained, with its adapters; its tokenizer; what of the vocabulary it kept."""
+    folder = run.path("models", "base", "seed-0")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, recipe.student.dtype))
+    lora = recipe.student.lora
+    if lora is not None:
+        targets = lora.targets[0] if lora.targets == ("all-linear",) else lora.targets
+        model = add_lora(model, r=lora.rank, alpha=lora.alpha, targets=targets, dropout=lora.dropout, seed=seed)
+    kept = folder / KEPT
+    ids = torch.tensor(json.loads(kept.read_text("utf-8"))) if kept.is_file() else None
+    return model, AutoTokenizer.from_pretrained(folder), ids
+
+
+def fit(recipe: ChatRecipe, run: Run, arm: str, seed: int) -> None:
+    """Train one arm with one seed, from the last whole checkpoint on, and keep what was best on ``val``.
+
+    Runs in every process of a distributed run; the main one writes ``models/<arm>/seed-<k>``.
+    """
+    objectives = objectives_of(recipe, arm)
+    work = run.path("work", arm, f"seed-{seed}")
+    student, tokenizer, kept = load_base(recipe, run, seed)
+    examples: dict[str, list[TokenizedExample]] = {}
+    for split in ("train", "val"):
+        examples[split], counts = encode(recipe, tokenizer, _conversations(run, split))
+        run.progress.note(f"  {split}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items() if n))
+    teacher, reader = None, None
+    if any(not isinstance(objective, Response) for objective in objectives):
+        if recipe.distill.signals.source == "live":
+            teacher, _ = load_teacher_model(recipe)
+        else:
+            teachers = tokenizer
+            if kept is not None:
+                teachers = AutoTokenizer.from_pretrained(recipe.teacher.model.removeprefix("hf:"))
+            reader = open_reader(recipe, run, teachers, head_of(student, tokenizer).size)
+    temperature = next((o.temperature for o in objectives if isinstance(o, Logit)), 1.0)
+    model = LanguageModel(
+        student,
+        objectives,
+        teacher,
+        tokenizer=tokenizer,
+        teacher_head=reader.head() if reader else None,
+        kept=kept,
+        temperature=temperature,
+    )
+    if recipe.train.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    arguments = _arguments(recipe, work, seed)
+    rows = {split: TokenizedRows(found, recipe.train.tokens_per_batch) for split, found in examples.items()}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    try:
+        trainer = DistillationTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=rows["train"],
+            eval_dataset=rows["val"],
+            data_collator=Collator(pad or 0, reader),
+        )
+    except (ImportError, RuntimeError) as error:
+        if not recipe.train.report_to:
+            raise
+        named = ", ".join(recipe.train.report_to)
+        raise MissingExtra(f"train.report_to: {named}: {' '.join(str(error).split())}") from error
+    _pace(recipe, arguments, arguments.max_steps)
+    run.progress.note(f"  {trainer.real_share:.1%} of the tokens computed are no padding")
+    trainer.remove_callback(PrinterCallback)
+    start = _resume_from(work, arguments)
+    with track(run.progress, f"training {arm} seed {seed}", arguments.max_steps) as step:
+        trainer.add_callback(_Report(step))
+        trainer.train(resume_from_checkpoint=str(start) if start else None)
+    final = work / "final"
+    trainer.save_model(str(final))
+    if trainer.is_world_process_zero():
+        curves = _curves(trainer.state.log_history)
+        _assemble(recipe, run, arm, seed, final, curves)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _resume_from(work: Path, arguments: TrainingArguments) -> Path | None:
+    """The last whole checkpoint; what was cut off after it is removed."""
+    start = last_checkpoint(work)
+    if arguments.should_save:
+        for folder in work.glob("checkpoint-*"):
+            if start is None or int(folder.name.rpartition("-")[2]) > int(start.name.rpartition("-")[2]):
+                shutil.rmtree(folder)
+    return start
+
+
+def _curves(history: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    kept = ("loss", "grad_norm")
+    points: dict[int, dict[str, float]] = {}
+    for entry in history:
+        values = {k: v for k, v in entry.items() if k in kept or k.startswith(("loss_", "eval_", "gradient_"))}
+        if values:
+            points.setdefault(entry["step"], {"step": entry["step"]}).update(values)
+    return [points[step] for step in sorted(points)]
+
+
+def _assemble(recipe: ChatRecipe, run: Run, arm: str, seed: int, final: Path, curves: Any) -> None:
+    """A plain model from the trained weights: adapters merged, projectors left out."""
+    from safetensors.torch import load_file
+
+    model, tokenizer, kept = load_base(recipe, run, seed)
+    state = load_file(final / "model.safetensors")
+    own = {name.removeprefix("student."): tensor for name, tensor in state.items() if name.startswith("student.")}
+    result = model.load_state_dict(own, strict=False)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
+    missing = [name for name in result.missing_keys if not any(name.endswith(key) for key in tied)]
+    if missing or result.unexpected_keys:
+        raise RunError(
+            f"{final} does not hold the student's weights: {(missing + result.unexpected_keys)[0]} and others"
+        )
+    plain, _ = merge(model)
+    with replace_folder(run.path("models", arm, f"seed-{seed}")) as temporary:
+        plain.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        if kept is not None:
+            write_json(temporary / KEPT, kept.tolist())
+        (temporary / "curves.json").write_text(json.dumps(curves, indent=1), "utf-8")
+
+
+def main() -> None:
+    """What ``accelerate launch`` runs in every process: RECIPE ARM SEED."""
+    from attar.recipe import load_recipe
+
+    recipe = load_recipe(sys.argv[1])
+    assert isinstance(recipe, ChatRecipe)
+    fit(recipe, Run(recipe.folder, Silent(), {"stages": {}, "begun": {}, "files": {}}), sys.argv[2], int(sys.argv[3]))
+
+
+if __name__ == "__main__":
+    main()
