@@ -103,7 +103,8 @@ def decoder_path(model: Any) -> str:
     """The path of the module that ``hidden_states`` calls, counted from ``plain_model``: what taps have to know."""
     plain = plain_model(model)
     decoder = plain.get_decoder()
-    return next(name for name, module in plain.named_modules() if module is decoder)
+    path: str = next(name for name, module in plain.named_modules() if module is decoder)
+    return path
 
 
 def hidden_states(model: Any, **inputs: Any) -> Tensor:
