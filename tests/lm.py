@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 LINES = [
     "turn off the lamp please",
-    "play it again at seven",
+    "play it   at seven",
     "don't wake me, it's cold",
     "the lamp, the milk and bread",
 ]

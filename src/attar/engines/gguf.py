@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from gguf import GGUFReader
-from transformers import AutoTokenizer
 
 from attar.data.types import Prompt
 from attar.engines.base import Capability, Completion, Scores
 from attar.engines.continuations import encode_continuations
-from attar.engines.pretokenizers import set_pre
+from attar.engines.gguf_tokenizer import read_tokenizer
 from attar.errors import ModelError, RunError, require
 from attar.tokens import encode_plain, encode_prompt
 
@@ -70,12 +69,8 @@ def load_gguf(
     except (ValueError, IndexError) as error:
         raise ModelError(f"{model} is no GGUF file ({error})") from error
     fields = reader.fields
-    tokens = [bytes(fields["tokenizer.ggml.tokens"].parts[i]).decode() for i in fields["tokenizer.ggml.tokens"].data]
-    own = tokenizer
-    if own is None:
-        # transformers reads the tokens and merges, and not how text is cut.
-        own = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        own = set_pre(own, str(fields["tokenizer.ggml.pre"].contents()))
+    tokens: list[str] = fields["tokenizer.ggml.tokens"].contents()
+    own = read_tokenizer(fields) if tokenizer is None else tokenizer
     if different := [(i, token) for token, i in own.get_vocab().items() if i >= len(tokens) or tokens[i] != token]:
         number, token = min(different)
         there = repr(tokens[number]) if number < len(tokens) else f"none (it has {len(tokens)})"
@@ -104,6 +99,8 @@ def load_gguf(
         ) from error
     size = sum(int(tensor.n_elements) for tensor in reader.tensors)
     engine = GgufEngine(server, own, context_tokens=context_tokens, parameters=size)
+    # A server that is dropped before its thread serves waits for that thread for ever; after one answer it serves.
+    engine.write([0], 1)
     if tokenizer is None and (theirs := engine.tokenize(_PROBE)) != (ours := encode_plain(own, _PROBE)):
         raise ModelError(
             f"{model}: {_PROBE!r} is {theirs} in llama.cpp and {ours} here; name the folder of its tokenizer"

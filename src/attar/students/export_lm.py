@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from attar.engines.gguf import GgufEngine, load_gguf
 from attar.engines.heads import eval_mode, head_of
@@ -101,6 +102,7 @@ def export_safetensors(
     """
     plain, stripped = merge(model)
     kind = plain.dtype
+    logging.disable_progress_bar()
     with replace_folder(folder) as temporary:
         plain.to(getattr(torch, dtype)).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -134,7 +136,9 @@ def export_gguf(
         temporary = Path(name) / path.name
         write_gguf(plain, tokenizer, temporary)
         del plain
-        engine = load_gguf(str(temporary), tokenizer=tokenizer, context_tokens=_context(probes))
+        engine = load_gguf(
+            str(temporary), tokenizer=tokenizer, context_tokens=_context(probes), threads=torch.get_num_threads()
+        )
         for text in texts:
             ours, theirs = encode_plain(tokenizer, text), engine.tokenize(text)
             if ours != theirs:

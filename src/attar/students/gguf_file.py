@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from attar.engines.pretokenizers import pre_name
+from attar.engines.gguf_tokenizer import pre_name
 from attar.errors import CapabilityError
 from attar.students.shrink import weights
 

@@ -1,4 +1,4 @@
-"""How a byte-level BPE cuts text before it merges: the names that llama.cpp has for it, and what they mean.
+"""A byte-level BPE in a GGUF file: how it cuts text before it merges, and the tokenizer as a whole.
 
 A GGUF file says how text is cut by a name alone. A wrong one changes the tokens of some texts and gives no error.
 """
@@ -6,19 +6,25 @@ A GGUF file says how text is cut by a name alone. A wrong one changes the tokens
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
-from tokenizers import Tokenizer
+from gguf import TokenType
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from attar.errors import CapabilityError
 
-__all__ = ["pre_name", "set_pre"]
+__all__ = ["pre_name", "read_tokenizer"]
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+
+_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
 def _bytes(*, use_regex: bool) -> dict[str, Any]:
@@ -59,21 +65,49 @@ def pre_name(tokenizer: Any) -> str:
     )
 
 
-def set_pre(tokenizer: Any, name: str) -> Any:
-    """The tokenizer, cutting text as llama.cpp's name says; only for one that was read from a GGUF file.
+def read_tokenizer(fields: Mapping[str, Any]) -> Any:
+    """The tokenizer in a GGUF file, which cuts, merges and frames text as llama.cpp does.
+
+    Args:
+        fields: those of a ``gguf.GGUFReader``.
 
     Raises:
-        CapabilityError: the name is not known here.
+        CapabilityError: it is no byte-level BPE, or cuts text in a way that is not known here.
     """
-    if name not in _KNOWN:
+
+    def value(key: str, otherwise: Any = None) -> Any:
+        return fields[f"tokenizer.{key}"].contents() if f"tokenizer.{key}" in fields else otherwise
+
+    kind, pre = value("ggml.model"), value("ggml.pre")
+    if kind != "gpt2" or pre not in _KNOWN:
         raise CapabilityError(
-            f"the GGUF file cuts text as {name!r}; known here are {', '.join(_KNOWN)}; name the folder of its tokenizer"
+            f"the tokenizer in the GGUF file is {kind!r} and cuts text as {pre!r}; known here is 'gpt2' with "
+            f"{', '.join(_KNOWN)}; name the folder of its tokenizer"
         )
-    steps, ignore_merges = _KNOWN[name]
-    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    steps, ignore_merges = _KNOWN[pre]
+    tokens: list[str] = value("ggml.tokens")
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    merges = [tuple(merge.split(" ", 1)) for merge in value("ggml.merges")]
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=ignore_merges))
+    definition = json.loads(backend.to_str())
     definition["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
-    definition["model"]["ignore_merges"] = ignore_merges
-    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(definition))
+    backend = Tokenizer.from_str(json.dumps(definition))
+    backend.decoder = decoders.ByteLevel()
+    for token, role in zip(tokens, value("ggml.token_type"), strict=True):
+        if role in (TokenType.CONTROL, TokenType.USER_DEFINED):
+            special = role == TokenType.CONTROL
+            backend.add_tokens([AddedToken(token, special=special, normalized=False)])
+    special = {name: value(f"ggml.{key}_token_id") for name, key in _SPECIAL.items()}
+    special = {name: tokens[i] for name, i in special.items() if i is not None}
+    before, after = (
+        [special[f"{name}_token"]] if value(f"ggml.add_{name}_token", False) else [] for name in ("bos", "eos")
+    )
+    if before or after:
+        backend.post_processor = TemplateProcessing(
+            single=[*before, "$A", *after], special_tokens=[(token, vocabulary[token]) for token in {*before, *after}]
+        )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    tokenizer.chat_template = value("chat_template")
     return tokenizer
 
 
