@@ -156,6 +156,18 @@ def test_few_possible_entries():
         assert set(few.ids[0].tolist()) <= {2, 5, -1}
 
 
+@pytest.mark.parametrize("offset", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_offset_draw_no_impossible_entry(offset):
+    class Fixed:
+        def random(self, shape):
+            return np.full(shape, offset)
+
+    teacher = torch.full((1, 9), -math.inf)
+    teacher[0, 3:6] = 0.0
+    for signal in (sampled([teacher], 0.5, Fixed()), sampled_fixed([teacher], 2, Fixed())):
+        assert set(signal.ids[0].tolist()) <= {3, 4, 5}
+
+
 def test_a_flat_distribution():
     signal = sampled_fixed([torch.zeros(200, 8)], 8, example_random(0, "x"))
     torch.testing.assert_close(dense(signal, 8), torch.full((200, 8), 0.125, dtype=torch.float64))

@@ -87,7 +87,8 @@ class TopKTerm:
             )
             # The bucket's logit is the logsumexp of the rest's, whose gradient is the rest's own softmax.
             rest.mul_(gradient[:, -1:] / mass)
-            rest.scatter_add_(1, ids[rows], gradient[:, :-1].masked_fill(~present[rows], 0.0))
+            # An absent entry's is 0.
+            rest.scatter_add_(1, ids[rows], gradient[:, :-1])
             return values, rest
 
         return self.weights, chunk
