@@ -66,17 +66,26 @@ def test_cka_invariances():
 
 def test_cka_does_not_overflow():
     student, teacher = features(300, 5, dtype=torch.float32), features(300, 7, seed=1, dtype=torch.float32)
-    torch.testing.assert_close(cka(1e8 * student, 1e8 * teacher), cka(student, teacher))
+    torch.testing.assert_close(cka(1e12 * student, 1e12 * teacher), cka(student, teacher))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_cka_of_rows_that_are_all_the_same(dtype):
-    student = torch.full((10, 3), 0.1, dtype=dtype) * torch.tensor([1, 3, 7], dtype=dtype)  # whose mean rounds
+    student = torch.full((7, 3), 0.1, dtype=dtype) * torch.tensor([1, 3, 7], dtype=dtype)  # whose mean rounds
     student.requires_grad_()
-    values = cka(student, features(10, 3, dtype=dtype))
+    assert (student != student.mean(dim=0)).any()
+    values = cka(student, features(7, 3, dtype=dtype))
     assert (values == 1).all()
     (gradient,) = torch.autograd.grad(values.sum(), student)
     assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cka_is_never_negative(dtype):
+    # where rounding would otherwise show, in about a third of these
+    for seed in range(20):
+        student = features(7, 5, seed=seed, dtype=dtype)
+        assert cka(student, student @ rotation(5).to(dtype)).min() >= 0
 
 
 def test_similarity_preserving_by_hand():
@@ -124,8 +133,14 @@ def test_rkd_invariances():
     values = rkd(student, teacher)
     torch.testing.assert_close(rkd(1e3 * student @ rotation(3) + 4, 1e-3 * teacher - 1), values)
     torch.testing.assert_close(rkd(7 * student @ rotation(3), student), torch.zeros(6).double(), atol=1e-12, rtol=0)
-    # the same row twice has no angle with itself, and distance 0
     assert rkd(student[[0, 0, 1, 2]], student[[0, 0, 1, 2]]).max() == 0
+
+
+def test_rkd_of_the_same_row_twice():
+    # at the last corner the student's cosine is 1, at the others 0: one way has no direction
+    student, teacher = torch.tensor([[0.0], [0.0], [1.0]]), torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]])
+    values = rkd(student, teacher, distance=0.0, angle=1.0)
+    assert values.tolist() == pytest.approx([0.0, 0.6**2 / 2, 0.2**2 / 2])
 
 
 @pytest.mark.parametrize("weights", [(-1.0, 2.0), (0.0, 0.0), (math.nan, 1.0), (1.0, INF)])

@@ -74,6 +74,7 @@ def test_a_path_reads_the_output_itself():
         ("blocks.*", ["blocks.0", "blocks.1", "blocks.2"]),
         ("*", ["embed", "blocks", "head", "unused"]),
         ("*e*d", ["embed", "head", "unused"]),
+        ("*s", ["blocks"]),
         ("blocks.1.*", ["blocks.1.attn", "blocks.1.norm"]),
         ("", [""]),
     ],
@@ -86,6 +87,8 @@ def test_a_star_stays_within_a_name():
     with pytest.raises(UsageError, match=r"'\*\.norm\.x' names no module"):
         resolve(Net(), ["*.norm.x"])
     assert resolve(Net(), ["blocks.*"]) == resolve(Net(), ["blocks.0", "blocks.1", "blocks.2"])
+    net = nn.ModuleDict({"a+b": nn.ReLU(), "aab": nn.ReLU()})
+    assert [tap.module for tap in resolve(net, ["a+*"])] == ["a+b"]
 
 
 def test_each_match_is_an_entry_of_its_own():
@@ -492,9 +495,9 @@ def test_a_backward_within_a_forward_is_not_seen():
             return y
 
     outer = Outer()
-    with Taps(outer, ["net.blocks.0"]) as taps:
+    with Taps(outer, ["net.blocks.0.attn"]) as taps:
         outer(inputs())
-        assert taps["net.blocks.0"].requires_grad
+        assert taps["net.blocks.0.attn"].requires_grad
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
@@ -523,9 +526,9 @@ def processes():
 
 def check_wrapped(net, wrapped):
     """The paths are those of the inner module; hooks see what it computes."""
-    paths = ["embed", "blocks.-1.attn", "blocks.*", "head:input"]
+    paths = ["embed", "blocks.-1.attn", "blocks.1.attn", "blocks.*", "head:input"]
     assert [tap.module for tap in resolve(wrapped, paths)] == [
-        "embed", "blocks.2.attn", "blocks.0", "blocks.1", "blocks.2", "head",
+        "embed", "blocks.2.attn", "blocks.1.attn", "blocks.0", "blocks.1", "blocks.2", "head",
     ]  # fmt: skip
     with Taps(wrapped, paths) as taps:
         wrapped(inputs())

@@ -32,7 +32,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -106,11 +106,7 @@ class Taps(Mapping[str, Tensor]):
             raise UsageError(f"called is {called!r}; wanted the path of one module, without a selector")
         self._root = root
         self._label = f"{type(_inner(module)).__name__}{'.' if called else ''}{start.module}"
-        points: dict[tuple[int, bool], _Point] = {}
-        for tap, hooked in located:
-            points.setdefault((id(hooked), tap.of_input), _Point(hooked, tap.of_input)).taps.append(tap)
-        self._points = {tap.name: point for point in points.values() for tap in point.taps}
-        self._taps = {tap.name: tap for tap, _ in located}
+        self._points = {tap.name: _Point(tap, hooked) for tap, hooked in located}
         self._seen: dict[str, _Seen] = {}
         self._handles: list[RemovableHandle] = []
         self._forwards = 0
@@ -120,9 +116,9 @@ class Taps(Mapping[str, Tensor]):
         if self._handles:
             raise UsageError("these taps are already in use; leave their with block first, or make others")
         self._forwards = 0
-        self._handles.append(self._root.register_forward_pre_hook(self._start, prepend=True))
-        for point in dict.fromkeys(self._points.values()):
-            if point.of_input:
+        self._handles.append(self._root.register_forward_pre_hook(self._start))
+        for point in self._points.values():
+            if point.tap.of_input:
                 handle = point.module.register_forward_pre_hook(self._input_hook(point), with_kwargs=True)
             else:
                 handle = point.module.register_forward_hook(self._output_hook(point))
@@ -147,13 +143,13 @@ class Taps(Mapping[str, Tensor]):
             UsageError: no such tap; there has been no forward; it was not reached in it; it was called several times
                 and the path does not say which; it was overwritten.
         """
-        if name not in self._taps:
-            raise UsageError(f"there is no tap {name!r}; nearest: {_nearest(name, self._taps)}")
+        if name not in self._points:
+            raise UsageError(f"there is no tap {name!r}; nearest: {_nearest(name, self._points)}")
         if not self._handles:
             raise UsageError(f"{name!r} is read outside the with block of its taps, where no tensor is held")
         if not self._forwards:
             raise UsageError(f"{name!r} is read before a forward of {self._label}, the module that is to be called")
-        tap, calls = self._taps[name], self._points[name].calls
+        tap, calls = self._points[name].tap, self._points[name].calls
         if calls > 1 and tap.call is None:
             path, rest = tap.module, name[len(_PATH.fullmatch(name)["names"]) :]  # type: ignore[index]
             raise UsageError(
@@ -177,13 +173,13 @@ class Taps(Mapping[str, Tensor]):
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._taps)
+        return iter(self._points)
 
     def __len__(self) -> int:
-        return len(self._taps)
+        return len(self._points)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._taps
+        return name in self._points
 
     def _start(self, module: nn.Module, args: Any) -> None:
         if _in_backward():
@@ -212,11 +208,9 @@ class Taps(Mapping[str, Tensor]):
     def _see(self, point: _Point, value: Any) -> None:
         if not self._running or _in_backward():
             return
-        call = point.calls
+        if point.calls == (point.tap.call or 0):
+            self._seen[point.tap.name] = self._take(point.tap, value)
         point.calls += 1
-        for tap in point.taps:
-            if call == (tap.call or 0):
-                self._seen[tap.name] = self._take(tap, value)
 
     def _take(self, tap: Tap, value: Any) -> _Seen:
         for key in tap.keys:
@@ -242,11 +236,10 @@ class Taps(Mapping[str, Tensor]):
 
 @dataclass(eq=False)
 class _Point:
-    """Where a hook stands."""
+    """Where the hook of a tap stands."""
 
+    tap: Tap
     module: nn.Module
-    of_input: bool
-    taps: list[Tap] = field(default_factory=list)
     calls: int = 0
     """in this forward"""
 
