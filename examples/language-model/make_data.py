@@ -2,7 +2,7 @@
 
     python make_data.py TEACHER_FOLDER [--out conversations.jsonl]
 
-628 questions, four about each of 157 things, answered by the teacher at temperature 0.8 (top-p 0.95), at most 96
+628 questions, four about each of 157 things, answered by the teacher at temperature 0.8 (top-k 40), at most 96
 tokens. An answer that does not end by then is left out: a student must not learn to stop in the middle of a sentence.
 """
 
@@ -77,7 +77,7 @@ def main() -> None:
                 **batch,
                 do_sample=True,
                 temperature=0.8,
-                top_p=0.95,
+                top_k=40,
                 max_new_tokens=args.max_tokens,
                 pad_token_id=tokenizer.eos_token_id,
             )[:, batch["input_ids"].shape[1] :]

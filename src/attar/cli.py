@@ -210,12 +210,15 @@ def _demo(
 @app.command("init")
 def _init(
     folder: Annotated[Path, typer.Argument(help="The folder to make.")],
+    task: Annotated[
+        str, typer.Option("--task", help="classify: a narrow decision; chat: a language model.")
+    ] = "classify",
     as_json: JsonOption = False,
 ) -> None:
     """Write a commented recipe for your own task."""
     from attar.template import write_template
 
-    path = write_template(folder)
+    path = write_template(folder, task)
     print(json.dumps({"recipe": str(path)}) if as_json else f"wrote {path}; edit it, then: attar check {path}")
 
 

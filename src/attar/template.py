@@ -1,4 +1,4 @@
-"""The commented recipe that ``attar init`` writes."""
+"""The commented recipes that ``attar init`` writes, one a task."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 from attar.errors import UsageError
 from attar.workspace import write_atomic
 
-__all__ = ["write_template"]
+__all__ = ["TEMPLATES", "write_template"]
 
-_RECIPE = """\
+_CLASSIFY = """\
 # A recipe of attar: distil a classifier-like decision of a large model into a small one.
 # Paths count from this file. `attar check` tells what is missing; `attar run` does the work.
 name: my-task
@@ -56,14 +56,61 @@ evaluate:
 """
 
 
-def write_template(folder: Path) -> Path:
+_CHAT = """\
+# A recipe of attar: distil a language model into a smaller one.
+# Paths count from this file. `attar check` tells what is missing; `attar run` does the work.
+name: my-student
+task: chat
+
+data:
+  train: conversations.jsonl      # {"messages": [...], "tools": [...]} a line, in OpenAI's shape
+  # val: val.jsonl                # held out of `train` where nothing is said
+  # test: test.jsonl
+  on_bad_line: stop               # or skip: leave out lines that cannot be used, and count them
+
+curate:
+  val_size: 50                    # conversations held out of `train` to choose the checkpoint
+  test_size: 50                   # and for the evidence
+  max_tokens: 2048                # longer conversations are cut, and counted
+
+teacher:
+  model: hf:PATH-OF-YOUR-MODEL    # a folder that transformers loads
+
+student:
+  shrink: {layers: 10}            # of the teacher's layers; see docs/language-models.md for widths and vocabulary
+  # model: hf:FOLDER              # start from another model with the same tokenizer
+  # lora: {rank: 16}              # train adapters, merged at export
+
+distill:
+  objectives:
+    - {kind: response, weight: 0.3}               # the conversation's own tokens
+    - {kind: logit, divergence: forward_kl, temperature: 1.0, weight: 1.0}   # the teacher's probabilities
+    # - {kind: feature, match: {model.layers.-1: model.layers.-1}, loss: cosine, weight: 0.1}   # and inner states
+  signals: {source: cached, kind: sampled}        # or kind: hidden | top_k, or source: live
+
+train: {epochs: 2, learning_rate: 1.0e-4, tokens_per_batch: 4096}
+
+evaluate:
+  ship_if: {retention: 0.90, speedup: 5, cost_ratio: 10}  # each on the lower end of its interval
+"""
+
+TEMPLATES = {"classify": _CLASSIFY, "chat": _CHAT}
+
+
+def write_template(folder: Path, task: str = "classify") -> Path:
     """Write ``attar.yaml`` into a folder.
 
+    Args:
+        folder: made where it is not there.
+        task: a key of ``TEMPLATES``.
+
     Raises:
-        UsageError: there is one already.
+        UsageError: there is a recipe already, or no such task.
     """
+    if task not in TEMPLATES:
+        raise UsageError(f"--task {task}: there is no such task; there are {', '.join(TEMPLATES)}")
     path = folder / "attar.yaml"
     if path.exists():
         raise UsageError(f"{path} exists and is kept; name another folder")
-    write_atomic(path, _RECIPE.encode())
+    write_atomic(path, TEMPLATES[task].encode())
     return path
