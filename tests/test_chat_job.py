@@ -150,6 +150,28 @@ def test_a_killed_run_ends_as_an_undisturbed_one(job, tmp_path_factory):
         assert file_digest(job / "killed" / name) == file_digest(undisturbed / name)
 
 
+def test_training_starts_under_accelerate_launch(job):
+    (job / "ddp.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_machines: 1\nmachine_rank: 0\n"
+        "num_processes: 2\nmain_process_port: 0\nmixed_precision: 'no'\nuse_cpu: true\n"
+    )
+    # Two processes with half of the budget each see what one process sees, but for how rows meet in batches.
+    two = run(job, "train.accelerate=ddp.yaml", "train.tokens_per_batch=80", f"run.folder={job / 'two'}", until="train")
+    one = run(job, f"run.folder={job / 'one'}", until="train")
+    losses = []
+    for folder in (one, two):
+        curves = json.loads((folder / "models/student/seed-0/curves.json").read_text())
+        losses.append([point["eval_loss"] for point in curves if "eval_loss" in point])
+    assert losses[1][-1] == pytest.approx(losses[0][-1], rel=0.05)
+    assert losses[1][-1] < losses[1][0]
+
+
+def test_training_that_fails_under_accelerate_launch_says_so(job):
+    (job / "ddp.yaml").write_text("distributed_type: NONSENSE\n")
+    with pytest.raises(AttarError, match="accelerate launch ended with 1"):
+        run(job, "train.accelerate=ddp.yaml", until="train")
+
+
 def test_signals_of_another_teacher_or_tokenizer_are_not_read(job, tiny_teacher):
     from transformers import AutoTokenizer
 

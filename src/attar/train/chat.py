@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging
 
 from attar.data.conversations import read_conversations
 from attar.engines.heads import check_head, head_of
@@ -159,6 +160,7 @@ class _Report(TrainerCallback):  # type: ignore[misc]
 
 def load_base(recipe: ChatRecipe, run: Run, seed: int) -> tuple[Any, Any, Tensor | None]:
     """The untrained student as it is trained, with its adapters; its tokenizer; what of the vocabulary it kept."""
+    logging.disable_progress_bar()
     folder = run.path("models", "base", "seed-0")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, recipe.student.dtype))
     lora = recipe.student.lora
