@@ -17,7 +17,14 @@ from attar.engines.load import teacher_files
 from attar.errors import AttarError
 from attar.preflight.findings import Finding
 from attar.recipe import ChatRecipe
-from attar.students.language import Student, build_student, encode, load_teacher_model
+from attar.students.language import (
+    Student,
+    build_student,
+    different_tokens,
+    encode,
+    load_teacher_model,
+    require_one_vocabulary,
+)
 from attar.tokens import TokenizedExample, highlight
 from attar.train.batches import Collator, TokenizedRows
 from attar.train.chat import objectives_of
@@ -76,39 +83,34 @@ def _memory(recipe: ChatRecipe) -> Iterator[Finding]:
 
 
 def _vocabularies(recipe: ChatRecipe, teacher: Any, tokenizer: Any, student: Student) -> Iterator[Finding]:
-    """Maps are compared, not sizes; then special tokens, templates and padding."""
-    ours, theirs = student.tokenizer.get_vocab(), tokenizer.get_vocab()
-    if student.kept is not None:
-        original = {place: token for token, place in theirs.items()}
-        different = [t for t, i in ours.items() if original.get(int(student.kept[i])) != t]
-    else:
-        different = sorted({t for t in {*ours, *theirs} if ours.get(t) != theirs.get(t)})
-    needs_teacher = any(spec.kind == "logit" for spec in recipe.distill.objectives)
-    if different:
-        first = different[0]
-        yield Finding(
-            "refuse" if needs_teacher else "warn",
-            f"the vocabularies of teacher and student differ in {len(different)} tokens, such as {first!r} "
-            f"({theirs.get(first)} and {ours.get(first)}): between different vocabularies only objectives of kind "
-            "response work; use a student with the teacher's tokenizer",
-        )
-    else:
-        yield Finding("ok", f"one vocabulary of {len(ours):,} tokens")
-    for name, model, vocabulary in (("teacher", teacher, theirs), ("student", student.model, ours)):
-        head = head_of(model, student.tokenizer if name == "student" else tokenizer)
+    """Maps are compared, not sizes; then padding, special tokens and templates."""
+    require_one_vocabulary(recipe, student, tokenizer)
+    different = different_tokens(student, tokenizer)
+    yield Finding(
+        "warn" if different else "ok",
+        f"{len(different)} tokens differ between teacher and student"
+        if different
+        else f"one vocabulary of {len(student.tokenizer):,} tokens",
+    )
+    for name, model, its in (("teacher", teacher, tokenizer), ("student", student.model, student.tokenizer)):
+        head = head_of(model, its)
         padded = len(head.weight) - head.size
         if padded:
             yield Finding("ok", f"the {name}'s head has {padded} padding rows; they carry no probability")
-        del vocabulary
     for key in ("bos_token", "eos_token"):
         mine, other = getattr(student.tokenizer, key), getattr(tokenizer, key)
         if mine != other:
             yield Finding("warn", f"{key} is {other!r} for the teacher and {mine!r} for the student")
     if student.tokenizer.chat_template != tokenizer.chat_template:
+        cached = recipe.distill.signals.source == "cached"
         yield Finding(
-            "refuse" if needs_teacher else "warn",
-            "the chat templates of teacher and student differ: the teacher would read another conversation than the "
-            "student; give both one tokenizer folder",
+            "refuse" if cached else "warn",
+            "the chat templates of teacher and student differ: "
+            + (
+                "cached signals would be of other tokens; give both one template, or set distill.signals.source: live"
+                if cached
+                else "the teacher reads conversations in the student's"
+            ),
         )
 
 

@@ -18,7 +18,14 @@ from attar.students.vocabulary import trim_vocabulary
 from attar.students.width import Widths, measure_importance, narrow
 from attar.tokens import encode_conversations
 
-__all__ = ["Student", "build_student", "encode", "load_teacher_model"]
+__all__ = [
+    "Student",
+    "build_student",
+    "different_tokens",
+    "encode",
+    "load_teacher_model",
+    "require_one_vocabulary",
+]
 
 # Conversations on which layers and widths are chosen.
 _CALIBRATED_ON = 64
@@ -57,6 +64,32 @@ def load_teacher_model(recipe: ChatRecipe) -> tuple[Any, Any]:
         )
     engine = load_local(recipe.teacher.model, dtype=recipe.teacher.dtype, device=resolve_device(recipe.run.device))
     return engine.model, engine.tokenizer
+
+
+def different_tokens(student: Student, teachers_tokenizer: Any) -> list[str]:
+    """Tokens that do not mean the same id for student and teacher: maps are compared, not sizes."""
+    ours, theirs = student.tokenizer.get_vocab(), teachers_tokenizer.get_vocab()
+    if student.kept is None:
+        return sorted(token for token in {*ours, *theirs} if ours.get(token) != theirs.get(token))
+    original = {place: token for token, place in theirs.items()}
+    return sorted(token for token, place in ours.items() if original.get(int(student.kept[place])) != token)
+
+
+def require_one_vocabulary(recipe: ChatRecipe, student: Student, teachers_tokenizer: Any) -> None:
+    """Refuse probabilities of a teacher whose tokens are others.
+
+    Raises:
+        CapabilityError: an objective compares probabilities, and the vocabularies differ.
+    """
+    different = different_tokens(student, teachers_tokenizer)
+    if different and any(spec.kind == "logit" for spec in recipe.distill.objectives):
+        ours, theirs = student.tokenizer.get_vocab(), teachers_tokenizer.get_vocab()
+        first = different[0]
+        raise CapabilityError(
+            f"the vocabularies of teacher and student differ in {len(different)} tokens, such as {first!r} "
+            f"({theirs.get(first)} and {ours.get(first)}): between different vocabularies only objectives of kind "
+            "response work, for now; use a student with the teacher's tokenizer"
+        )
 
 
 def build_student(

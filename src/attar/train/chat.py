@@ -25,7 +25,7 @@ from attar.recipe import ChatRecipe
 from attar.signals.chat import open_reader
 from attar.students.adapt import add_lora
 from attar.students.export_lm import merge
-from attar.students.language import build_student, encode, load_teacher_model
+from attar.students.language import build_student, encode, load_teacher_model, require_one_vocabulary
 from attar.tokens import TokenizedExample
 from attar.train.batches import Collator, TokenizedRows
 from attar.train.language_model import LanguageModel
@@ -84,6 +84,7 @@ def _base(recipe: ChatRecipe, run: Run) -> None:
     check_head(teacher, tokenizer)
     student = build_student(recipe, teacher, tokenizer, _conversations(run, "train"), recipe.run.seed)
     check_head(student.model, student.tokenizer)
+    require_one_vocabulary(recipe, student, tokenizer)
     parameters = {
         name: sum(p.numel() for p in model.parameters())
         for name, model in (("teacher", teacher), ("student", student.model))
