@@ -163,7 +163,7 @@ import os, signal, sys
 from attar import pipeline
 from attar.cli import main
 left = [int(sys.argv.pop(1))]
-import attar.evaluate.stage as stage
+import attar.evaluate.classify as stage
 write = stage.write_atomic
 def counting(path, content):
     left[0] -= 1

@@ -70,7 +70,7 @@ _CLASSIFY = (
     Stage("export", "attar.students.export:export", ("export", "train.seeds"), ("curate", "train"), ("export",)),
     Stage(
         "evaluate",
-        "attar.evaluate.stage:evaluate",
+        "attar.evaluate.classify:evaluate",
         (
             "name",
             "task",

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from attar.data.types import Prompt
 from attar.errors import CapabilityError
 
-__all__ = ["Capability", "Completion", "Engine", "Scores", "need"]
+__all__ = ["Capability", "Completion", "Engine", "Scores", "Written", "need"]
 
 Capability = Literal["text", "top_logprobs", "scores", "prompt_top_logprobs", "logits", "hidden", "embed"]
 
@@ -37,6 +37,18 @@ class Scores:
     """[continuations], number of tokens of each"""
     prompt_tokens: npt.NDArray[np.int64]
     """[prompts], number of tokens of each, shared prefix included"""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What an engine wrote after token ids."""
+
+    ids: list[int]
+    """the token that ended it included"""
+    stopped: bool
+    """whether such a token ended it, and not the limit"""
+    first_token_ms: float
+    """from the request to the first of them"""
 
 
 @runtime_checkable

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy.typing as npt
 from gguf import GGUFReader
 
 from attar.data.types import Prompt
-from attar.engines.base import Capability, Completion, Scores
+from attar.engines.base import Capability, Completion, Scores, Written
 from attar.engines.continuations import encode_continuations
 from attar.engines.gguf_tokenizer import read_tokenizer
 from attar.errors import ModelError, RunError, require
@@ -32,16 +31,6 @@ _FORCE = 1e4
 _NO_LOGARITHM = -1e30
 # Cut differently by every known pre-tokenizer.
 _PROBE = "It's 2024:  5 cats\n\n\tand 12345.67 more, WE'LL see\u00e9 \U0001f600  \n end"
-
-
-@dataclass(frozen=True)
-class Written:
-    """What llama.cpp wrote."""
-
-    ids: list[int]
-    """the token that ended it included"""
-    stopped: bool
-    """whether such a token ended it, and not the limit"""
 
 
 def load_gguf(
@@ -156,14 +145,25 @@ class GgufEngine:
             log_probs, np.array([len(branch) for branch in branches]), np.array([len(ids) for ids in encoded])
         )
 
-    def write(self, ids: Sequence[int], max_tokens: int) -> Written:
+    def write(self, ids: Sequence[int], max_tokens: int, *, measured: bool = False) -> Written:
         """Continue token ids greedily.
+
+        Args:
+            ids: the prompt.
+            max_tokens: how many to write at most.
+            measured: for timings: write exactly so many, none of them an end, and compute the whole prompt, whatever
+                of it was computed for the one before.
 
         Raises:
             RunError: the context is full before ``max_tokens`` are written, or llama.cpp refuses.
         """
-        answer = self._ask(ids, n_predict=max_tokens, return_tokens=True, verbose=True)
-        written = Written([int(i) for i in answer["__verbose"]["tokens"]], self._reason(answer) == "stop")
+        options = {"ignore_eos": True, "cache_prompt": False} if measured else {}
+        answer = self._ask(ids, n_predict=max_tokens, return_tokens=True, verbose=True, **options)
+        written = Written(
+            [int(i) for i in answer["__verbose"]["tokens"]],
+            self._reason(answer) == "stop",
+            float(answer["__verbose"]["timings"]["prompt_ms"]),
+        )
         if not written.stopped and len(written.ids) < max_tokens:
             raise RunError(
                 f"{len(ids)} tokens of prompt leave room for {len(written.ids)}, and {max_tokens} are to be written; "

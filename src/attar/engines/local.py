@@ -7,8 +7,10 @@ padding is computed again.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
 
 from attar.data.types import Part, Prompt
-from attar.engines.base import Capability, Completion, Scores
+from attar.engines.base import Capability, Completion, Scores, Written
+from attar.engines.heads import head_of, plain_model
 from attar.errors import ModelError, RunError
+from attar.losses import Head
 from attar.tokens import encode_plain, encode_prompt, prompt_text
 
 __all__ = ["LocalEngine", "load_local", "resolve_device"]
@@ -124,6 +128,38 @@ class LocalEngine:
             text = self.tokenizer.decode(output, skip_special_tokens=True)
             completions.append(Completion(text, "stop" if ended else "length", ids.shape[1], int(output.numel())))
         return completions
+
+    @torch.inference_mode()
+    def write(self, ids: Sequence[int], max_tokens: int, *, measured: bool = False) -> Written:
+        """Continue token ids greedily, with tokens of the tokenizer only.
+
+        Args:
+            ids: the prompt.
+            max_tokens: how many to write at most.
+            measured: for timings: write exactly so many, past any end.
+        """
+        started = time.perf_counter()
+        decoder = plain_model(self.model).get_decoder()
+        chunk, cache = torch.tensor([list(ids)], device=self.model.device), None
+        written: list[int] = []
+        first_token_ms = 0.0
+        while len(written) < max_tokens and (measured or not self._ends.intersection(written[-1:])):
+            output = decoder(input_ids=chunk, past_key_values=cache, use_cache=True)
+            written.append(int(self._head.logits(output.last_hidden_state[0, -1:])[0].argmax()))
+            if len(written) == 1:
+                first_token_ms = 1000 * (time.perf_counter() - started)
+            chunk, cache = chunk.new_tensor([written[-1:]]), output.past_key_values
+        return Written(written, not measured and bool(self._ends.intersection(written[-1:])), first_token_ms)
+
+    @cached_property
+    def _head(self) -> Head:
+        return head_of(self.model, self.tokenizer)
+
+    @cached_property
+    def _ends(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        ends = self.model.generation_config.eos_token_id
+        return frozenset({self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[Prompt], continuations: Sequence[str]) -> Scores:

@@ -22,6 +22,46 @@ MISSING = "–"
 _NBSP = "\u00a0"
 _MINUS = "\u2212"
 _LABELS_SHOWN = 4
+# Metric of a chat task and the filter that writes it, in the order of the page's columns.
+_METRIC_COLUMNS = (
+    ("kl_to_teacher", "significant"),
+    ("bits_per_byte", "significant"),
+    ("top1_agreement", "percent"),
+    ("greedy_exact", "percent"),
+    ("greedy_prefix", "percent"),
+    ("exact_match", "percent"),
+)
+_GAINS = {
+    "classify": {
+        "control": {
+            "title": "Over the control: the same student trained on hard labels only",
+            "above": "Soft labels beat hard labels here: the whole interval is above 0.",
+            "within": "Soft labels did not beat hard labels here: the interval includes 0.",
+            "below": "Soft labels did worse than hard labels here: the whole interval is below 0.",
+        },
+        "baseline": {
+            "title": "Over the baseline",
+            "above": "The student beat the baseline here: the whole interval is above 0.",
+            "within": "The student did not beat the baseline here: the interval includes 0.",
+            "below": "The student did worse than the baseline here: the whole interval is below 0.",
+        },
+    },
+    "chat": {
+        "control": {
+            "title": "Over the control: the same student trained on the reference’s tokens only",
+            "above": "Learning from the teacher beat learning from the text here: the whole interval is above 0.",
+            "within": "Learning from the teacher did not beat learning from the text here: the interval includes 0.",
+            "below": "Learning from the teacher did worse than from the text here: the whole interval is below 0.",
+        },
+        "base": {
+            "title": "Over the base: the same student untrained",
+            "above": "Training made the student better: the whole interval is above 0.",
+            "within": "Training did not make the student better: the interval includes 0.",
+            "below": "Training made the student worse: the whole interval is below 0.",
+        },
+    },
+}
+"""Task -> arm -> what is said of the student's gain over it."""
 _ARM_KEYS = ("quality", "throughput_per_s", "memory_mb", "parameters", "cost_usd_per_1k")
 
 
@@ -43,7 +83,10 @@ def summary(evaluation: dict[str, Any]) -> dict[str, Any]:
     result["null_arms"] = evaluation["null_arms"]
     result["retention"] = evaluation["retention"]
     result["gain_over_control"] = evaluation["gain_over_control"]
-    result["metrics"] = {"macro_f1": {arm: value.get("macro_f1") for arm, value in arms.items() if value}}
+    if evaluation["task"] == "classify":
+        result["metrics"] = {"macro_f1": {arm: value.get("macro_f1") for arm, value in arms.items() if value}}
+    else:
+        result |= {key: evaluation[key] for key in ("gain_over_base", "metrics", "metrics_ci")}
     result["speedup_p50"] = (evaluation["speedup_p50"] or {}).get("value")
     result["cost_ratio"] = (evaluation["cost_ratio"] or {}).get("value")
     result["break_even"] = evaluation["break_even"]
@@ -85,9 +128,11 @@ def render_html(evaluation: dict[str, Any]) -> str:
         "big": _or_missing(_big),
         "words": lambda name: str(name).replace("_", " "),
     }
-    alpha = 1 - (evaluation.get("confidence") or 0.95)
+    environment.filters["pretty"] = lambda value, name: environment.filters[name](value)
     arms = evaluation["arms"]
     curves = ((arm, plots.loss_curve(arm, curve)) for arm, curve in _ordered(evaluation["curves"]) if curve)
+    of_task = {"classify": _classify, "chat": _chat}[evaluation["task"]](evaluation)
+    figures = {name: Markup(svg) for name, svg in of_task.pop("plots").items()}
     template = environment.get_template("report.html.j2")
     return template.render(
         e=evaluation,
@@ -95,23 +140,45 @@ def render_html(evaluation: dict[str, Any]) -> str:
         interval_name=f"{percent(evaluation['confidence'], 0)} interval"
         if evaluation.get("confidence")
         else "interval",
-        calibration=[(arm, value) for arm, value in _ordered(evaluation["calibration"]) if value],
         gains=_gains(evaluation),
-        mcnemar=[_mcnemar_words(pair, test, alpha) for pair, test in (evaluation["mcnemar"] or {}).items() if test],
-        per_class=_per_class(evaluation),
-        confusions=sorted(evaluation["confusions_added"], key=lambda c: (c["teacher"] - c["student"], c["gold"])),
-        disagreements=[_disagreement(case) for case in evaluation["disagreements"]],
-        plots={
-            "quality_cost": Markup(plots.quality_cost(evaluation)),
-            "reliability": Markup(plots.reliability(evaluation)),
-            "risk_coverage": Markup(plots.risk_coverage(evaluation)),
-            "curves": [(arm, Markup(svg)) for arm, svg in curves if svg],
-        },
+        plots={**figures, "curves": [(arm, Markup(svg)) for arm, svg in curves if svg]},
+        **of_task,
     )
+
+
+def _classify(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page of a classify task shows beside what every page shows."""
+    alpha = 1 - (evaluation.get("confidence") or 0.95)
+    return {
+        "axis": {"what": "the cost of 1,000 requests", "word": "cost"},
+        "cases_called": "test cases",
+        "calibration": [(arm, value) for arm, value in _ordered(evaluation["calibration"]) if value],
+        "mcnemar": [_mcnemar_words(pair, test, alpha) for pair, test in (evaluation["mcnemar"] or {}).items() if test],
+        "per_class": _per_class(evaluation),
+        "confusions": sorted(evaluation["confusions_added"], key=lambda c: (c["teacher"] - c["student"], c["gold"])),
+        "disagreements": [_disagreement(case) for case in evaluation["disagreements"]],
+        "plots": {
+            "quality": plots.quality_cost(evaluation),
+            "reliability": plots.reliability(evaluation),
+            "risk_coverage": plots.risk_coverage(evaluation),
+        },
+    }
+
+
+def _chat(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page of a chat task shows beside what every page shows."""
+    return {
+        "axis": {"what": "the median time of a request", "word": "latency"},
+        "cases_called": "held-out conversations",
+        "mcnemar": [],
+        "metric_columns": _METRIC_COLUMNS,
+        "plots": {"quality": plots.quality_latency(evaluation)},
+    }
 
 
 def _arm_summary(arm: Mapping[str, Any]) -> dict[str, Any]:
     result = {key: arm.get(key) for key in _ARM_KEYS}
+    result |= {key: arm[key] for key in ("first_token_ms", "tokens_per_s") if key in arm}
     latency = arm.get("latency_ms")
     result["latency_ms"] = {key: latency[key] for key in ("p50", "p95")} if latency else None
     return result
@@ -124,20 +191,8 @@ def _ordered(arms: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 def _gains(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The student against the cheaper ways to get a small model, each with what its interval allows to say."""
-    soft = {
-        "title": "Over the control: the same student trained on hard labels only",
-        "above": "Soft labels beat hard labels here: the whole interval is above 0.",
-        "within": "Soft labels did not beat hard labels here: the interval includes 0.",
-        "below": "Soft labels did worse than hard labels here: the whole interval is below 0.",
-    }
-    plain = {
-        "title": "Over the baseline",
-        "above": "The student beat the baseline here: the whole interval is above 0.",
-        "within": "The student did not beat the baseline here: the interval includes 0.",
-        "below": "The student did worse than the baseline here: the whole interval is below 0.",
-    }
     rows = []
-    for arm, words in (("control", soft), ("baseline", plain)):
+    for arm, words in _GAINS[evaluation["task"]].items():
         gain = evaluation[f"gain_over_{arm}"]
         if gain is None:
             reason = evaluation["null_arms"].get(arm)

@@ -6,39 +6,62 @@ its own keeps one arm's memory out of another's.
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from attar.errors import RunError
-from attar.recipe import ClassifyRecipe
+from attar.recipe import Evaluate
 
-__all__ = ["measure"]
+__all__ = ["Subject", "measure"]
 
-_WARM_UP = 5
+
+class Subject(Protocol):
+    """What is measured."""
+
+    @property
+    def parameters(self) -> int | None:
+        """Number of parameters, where it is known."""
+
+    def answer(self, requests: Sequence[Any]) -> list[float]:
+        """Answer requests; returns the milliseconds to the first token of each, nothing where they have no tokens."""
 
 
 def measure(
-    recipe: ClassifyRecipe, folder: Path | None, calibration: dict[str, Any], texts: list[str]
+    settings: Evaluate, name: str, opener: str, arguments: dict[str, Any], requests: list[Any], *, warm_up: int
 ) -> dict[str, Any]:
     """Measure an arm.
 
+    Args:
+        settings: how many requests and rounds.
+        name: of the arm, for messages.
+        opener: ``module:function`` that makes a ``Subject`` of the arguments.
+        arguments: plain data.
+        requests: plain data; they are repeated in order as often as needed.
+        warm_up: how many requests are answered first and not counted.
+
     Returns:
-        ``latency_ms`` (one value a request), ``seconds_a_request`` (one value a round of batches), ``memory_mb``
-        (resident, after answering) and ``parameters``.
+        ``latency_ms`` (one value a request), ``first_token_ms`` (the same, empty where answers have no tokens),
+        ``seconds_a_request`` (one value a round of batches), ``memory_mb`` (resident, after answering) and
+        ``parameters``.
 
     Raises:
         RunError: the process failed; its last lines are in the message.
     """
     job = {
-        "recipe": recipe.dump(),
-        "folder": None if folder is None else str(folder),
-        "calibration": calibration,
-        "texts": texts,
+        "opener": opener,
+        "arguments": arguments,
+        "requests": requests,
+        "warm_up": warm_up,
+        "latency_requests": settings.latency_requests,
+        "throughput_requests": settings.throughput_requests,
+        "throughput_rounds": settings.throughput_rounds,
     }
     # A fixed string: the job itself comes on standard input.
     done = subprocess.run(
@@ -47,18 +70,12 @@ def measure(
         capture_output=True,
         text=True,
         check=False,
-        env=_environment(),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
     )
     if done.returncode:
-        raise RunError(f"measuring {folder or 'the teacher'} failed: {done.stderr.strip()[-500:]}")
+        raise RunError(f"measuring {name} failed: {done.stderr.strip()[-500:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 def _resident_mb() -> float:
@@ -71,41 +88,32 @@ def _resident_mb() -> float:
 
 def _worker() -> None:
     job = json.load(sys.stdin)
-    from attar.evaluate.tasks import open_arm
-    from attar.recipe import ClassifyRecipe
+    module, _, function = job["opener"].partition(":")
+    subject: Subject = getattr(importlib.import_module(module), function)(job["arguments"])
+    requests = job["requests"]
 
-    recipe = ClassifyRecipe.model_validate(job["recipe"])
-    folder = Path(job["folder"]) if job["folder"] else None
-    if folder is None or not (folder / "idf.npy").is_file():
-        import os
+    def cycle(n: int, start: int = 0) -> list[Any]:
+        return [requests[(start + i) % len(requests)] for i in range(n)]
 
-        import torch
-
-        torch.set_num_threads(recipe.run.threads or os.cpu_count() or 1)
-    arm = open_arm(recipe, folder, job["calibration"])
-    texts = job["texts"]
-
-    def cycle(n: int, start: int = 0) -> list[str]:
-        return [texts[(start + i) % len(texts)] for i in range(n)]
-
-    for text in cycle(_WARM_UP):
-        arm.answer([text])
-    latency = []
-    for text in cycle(recipe.evaluate.latency_requests):
+    for request in cycle(job["warm_up"]):
+        subject.answer([request])
+    latency, first_token = [], []
+    for request in cycle(job["latency_requests"]):
         start = time.perf_counter()
-        arm.answer([text])
+        first_token += subject.answer([request])
         latency.append((time.perf_counter() - start) * 1000)
-    batch = recipe.evaluate.throughput_requests
+    batch = job["throughput_requests"]
     rounds = []
-    for number in range(recipe.evaluate.throughput_rounds):
-        requests = cycle(batch, number * batch)
+    for number in range(job["throughput_rounds"]):
+        several = cycle(batch, number * batch)
         start = time.perf_counter()
-        arm.answer(requests)
+        subject.answer(several)
         rounds.append((time.perf_counter() - start) / batch)
     result = {
         "latency_ms": latency,
+        "first_token_ms": first_token,
         "seconds_a_request": rounds,
         "memory_mb": _resident_mb(),
-        "parameters": arm.engine.parameters,
+        "parameters": subject.parameters,
     }
     sys.stdout.write(json.dumps(result) + "\n")

@@ -29,6 +29,7 @@ __all__ = [
     "mcnemar",
     "mean_estimate",
     "paired_difference",
+    "paired_ratio",
     "ratio_of_means",
     "ratio_of_medians",
     "retention",
@@ -187,11 +188,44 @@ def retention(
             f"the teacher's mean score over {whole.shape[1]} cases is 0, so there is nothing to retain; wanted a "
             "teacher that gets at least one case right: check its answers and the grader"
         )
-    value, draws = _case_bootstrap(np.stack([kept.mean(axis=0), whole.mean(axis=0)], axis=1), resamples, seed)
+    return paired_ratio(kept, whole, confidence=confidence, resamples=resamples, seed=seed)
+
+
+def paired_ratio(
+    numerator: npt.ArrayLike,
+    denominator: npt.ArrayLike,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Estimate:
+    """Sum over cases of numerator over sum of denominator, by paired bootstrap; for a mean per token or per byte.
+
+    A resample whose denominator is 0 has no ratio and is left out.
+
+    Args:
+        numerator: [seeds, cases], finite; averaged over seeds within each case.
+        denominator: [1 or more, cases], the same cases in the same order, at least 0 and not all 0.
+        confidence: two-sided coverage of the interval.
+        resamples: bootstrap resamples.
+        seed: seed of the resampling.
+
+    Raises:
+        RunError: the denominator is 0 in all resamples.
+        ValueError: they differ in the number of cases, either is empty, not two-dimensional or not finite, or the
+            denominator is negative or 0 everywhere.
+    """
+    top, bottom = paired_matrices("numerator", numerator, "denominator", denominator)
+    if bottom.min() < 0 or not bottom.any():
+        raise ValueError(
+            f"denominator runs from {bottom.min():g} to {bottom.max():g}; wanted at least 0, and not all 0"
+        )
+    value, draws = _case_bootstrap(np.stack([top.mean(axis=0), bottom.mean(axis=0)], axis=1), resamples, seed)
     usable = draws[draws[:, 1] > 0]
     if not len(usable):
         raise RunError(
-            f"the teacher's mean score is 0 in all {resamples} resamples; wanted a teacher that scores on more cases"
+            f"what is divided by is 0 in all {resamples} resamples; wanted more cases that it is above 0 on (for a "
+            "retention: a teacher that scores on more)"
         )
     return _percentile(float(value[0] / value[1]), usable[:, 0] / usable[:, 1], confidence)
 

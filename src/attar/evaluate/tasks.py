@@ -1,7 +1,8 @@
-"""How an arm is asked, and loading it as it is served."""
+"""How an arm of the classify task is asked, and loading it as it is served."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,11 +16,12 @@ from attar.data.types import Part
 from attar.engines.base import Engine
 from attar.engines.classifier import load_classifier
 from attar.engines.load import load_teacher
+from attar.evaluate.speed import Subject
 from attar.recipe import ClassifyRecipe
 from attar.signals.calibration import Calibration
 from attar.signals.labels import LabelQuestion
 
-__all__ = ["Arm", "fit_temperature", "open_arm"]
+__all__ = ["Arm", "fit_temperature", "open_arm", "open_subject"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -59,6 +61,27 @@ def open_arm(recipe: ClassifyRecipe, folder: Path | None, calibration: dict[str,
     if folder is not None:
         return _ClassifierArm(recipe, folder)
     return _TeacherArm(recipe, Calibration.from_json(calibration))
+
+
+class _Subject:
+    def __init__(self, arm: Arm) -> None:
+        self._arm = arm
+        self.parameters = arm.engine.parameters
+
+    def answer(self, requests: Sequence[str]) -> list[float]:
+        self._arm.answer(requests)
+        return []
+
+
+def open_subject(arguments: dict[str, Any]) -> Subject:
+    """What ``attar.evaluate.speed`` measures; ``arguments`` holds the recipe and what ``open_arm`` takes."""
+    recipe = ClassifyRecipe.model_validate(arguments["recipe"])
+    folder = Path(arguments["folder"]) if arguments["folder"] else None
+    if folder is None or not (folder / "idf.npy").is_file():
+        import torch
+
+        torch.set_num_threads(recipe.run.threads or os.cpu_count() or 1)
+    return _Subject(open_arm(recipe, folder, arguments["calibration"]))
 
 
 def fit_temperature(log_probs: Floats, gold: npt.NDArray[np.int64]) -> float:

@@ -10,7 +10,12 @@ import numpy as np
 from attar.evaluate.stats import Estimate, ratio_of_means
 from attar.recipe import ClassifyEvaluate, Evaluate
 
-__all__ = ["break_even", "cost_per_request", "cost_ratio", "verdict"]
+__all__ = ["break_even", "cost_per_request", "cost_ratio", "machine_cost", "verdict"]
+
+
+def machine_cost(settings: Evaluate, seconds: Sequence[float]) -> list[float]:
+    """US dollars for so many seconds of the machine, each."""
+    return [settings.machine.usd_per_hour / 3600 * second for second in seconds]
 
 
 def cost_per_request(settings: ClassifyEvaluate, seconds: Sequence[float], api_tokens: float | None) -> list[float]:
@@ -26,7 +31,7 @@ def cost_per_request(settings: ClassifyEvaluate, seconds: Sequence[float], api_t
         # A label is one call; its answer is billed as one output token.
         dollars = (api_tokens * prices.input_usd_per_million_tokens + prices.output_usd_per_million_tokens) / 1_000_000
         return [dollars] * len(seconds)
-    return [settings.machine.usd_per_hour / 3600 * second for second in seconds]
+    return machine_cost(settings, seconds)
 
 
 def cost_ratio(settings: Evaluate, teacher: Sequence[float], student: Sequence[float], seed: int) -> Estimate:

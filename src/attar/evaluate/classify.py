@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import platform
-import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import log_softmax
 
-from attar import __version__
 from attar.data.files import read_jsonl
 from attar.engines.load import teacher_files
-from attar.evaluate import stats, verdict
+from attar.evaluate import evidence, stats, verdict
 from attar.evaluate.confidence import expected_calibration_error, reliability, risk_coverage
 from attar.evaluate.speed import measure
 from attar.evaluate.tasks import fit_temperature, open_arm
@@ -39,6 +34,8 @@ _NULL = {
 # Cases shown in the report's list of worst disagreements.
 _SHOWN = 20
 _ANSWERED_AT_ONCE = 64
+_WARM_UP = 5
+_PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn")
 
 
 class _Cases:
@@ -98,22 +95,24 @@ def _answers(
 def _speed(
     recipe: ClassifyRecipe, run: Run, arm: str, folder: Path | None, calibration: dict[str, Any], texts: list[str]
 ) -> dict[str, Any]:
-    path = run.path("evaluate", "speed", f"{arm}.json")
-    if not path.exists():
+    def make() -> dict[str, Any]:
         run.progress.note(f"  measuring the speed of {arm}")
-        write_json(path, measure(recipe, folder, calibration, texts))
-    result: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        arguments = {
+            "recipe": recipe.dump(),
+            "folder": None if folder is None else str(folder),
+            "calibration": calibration,
+        }
+        opener = "attar.evaluate.tasks:open_subject"
+        return measure(recipe.evaluate, f"the {arm}", opener, arguments, texts, warm_up=_WARM_UP)
+
+    result: dict[str, Any] = evidence.stored(run.path("evaluate", "speed", f"{arm}.json"), make)
     return result
 
 
 def evaluate(recipe: ClassifyRecipe, run: Run) -> dict[str, Any]:
     """Ask, grade, measure, compare, decide; writes ``evaluate/evaluation.json``."""
     settings, labels = recipe.evaluate, recipe.data.labels
-    bootstrap: dict[str, Any] = {
-        "confidence": settings.confidence,
-        "resamples": settings.resamples,
-        "seed": recipe.run.seed,
-    }
+    bootstrap = evidence.bootstrap(recipe)
     calibration = json.loads(run.path("signals", "labels", "calibration.json").read_text("utf-8"))
     test, held = _Cases(recipe, run, "test"), _Cases(recipe, run, "calibration")
     folders = _folders(recipe, run)
@@ -159,23 +158,12 @@ def evaluate(recipe: ClassifyRecipe, run: Run) -> dict[str, Any]:
         api = tokens_a_request if arm == "teacher" and settings.teacher_api else None
         costs[arm] = verdict.cost_per_request(settings, speeds[arm]["seconds_a_request"], api)
         quality = stats.mean_estimate(scores[arm], **bootstrap)
-        latency = np.array(speeds[arm]["latency_ms"])
         arms[arm] = {
             "quality": {"metric": "accuracy", **quality.to_json(), "n": len(test.texts)},
             "macro_f1": float(np.mean([macro_f1(test.gold, names, labels) for names in predicted[arm]])),
             "per_class": per_class(test.gold, predicted[arm][0], labels),
-            "latency_ms": {
-                "p50": float(np.median(latency)),
-                "p95": float(np.percentile(latency, 95)),
-                # A median over a constant: the interval of the median itself.
-                "ci_p50": stats.ratio_of_medians(latency, [1.0], **bootstrap).to_json()["ci"],
-                "n": len(latency),
-            },
-            "throughput_per_s": 1 / float(np.mean(speeds[arm]["seconds_a_request"])),
-            "memory_mb": speeds[arm]["memory_mb"],
-            "parameters": speeds[arm]["parameters"],
-            "size_mb": _size_mb(places[0] or teacher_files(recipe)),
-            "cost_usd_per_1k": 1000 * float(np.mean(costs[arm])),
+            **evidence.speed_record(recipe, speeds[arm], costs[arm]),
+            "size_mb": evidence.size_mb(places[0] or teacher_files(recipe)),
             "seeds": [
                 {"seed": seed, "quality": float(score.mean())}
                 for seed, score in zip(
@@ -189,11 +177,6 @@ def evaluate(recipe: ClassifyRecipe, run: Run) -> dict[str, Any]:
     if not settings.baseline:
         arms["baseline"], null["baseline"] = None, "evaluate.baseline is false"
     retention = stats.retention(scores["student"], scores["teacher"], **bootstrap)
-    speedup = stats.ratio_of_medians(speeds["teacher"]["latency_ms"], speeds["student"]["latency_ms"], **bootstrap)
-    cost_ratio = verdict.cost_ratio(settings, costs["teacher"], costs["student"], recipe.run.seed)
-    decision, reasons = verdict.verdict(
-        settings, {"retention": retention, "speedup": speedup, "cost_ratio": cost_ratio}
-    )
     seconds = {stage: run.stages[stage]["seconds"] for stage in ("score", "train")}
     score_tokens = run.stages["score"]["counts"]["tokens"]
     labelling = settings.machine.usd_per_hour / 3600 * seconds["score"]
@@ -203,18 +186,13 @@ def evaluate(recipe: ClassifyRecipe, run: Run) -> dict[str, Any]:
     one_off = labelling + settings.machine.usd_per_hour / 3600 * seconds["train"]
     counts = dict(run.stages["curate"]["counts"])
     evaluation: dict[str, Any] = {
-        "schema": 1,
-        "name": recipe.name,
-        "task": recipe.task,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "verdict": decision,
-        "reasons": reasons,
-        "confidence": settings.confidence,
-        "thresholds": settings.ship_if.model_dump(),
+        **evidence.opening(recipe),
+        **evidence.decision(
+            recipe, retention, {arm: speeds[arm]["latency_ms"] for arm in ("teacher", "student")}, costs, one_off
+        ),
         "labels": list(labels),
         "arms": arms,
         "null_arms": null,
-        "retention": retention.to_json(),
         "gain_over_control": stats.paired_difference(scores["student"], scores["control"], **bootstrap).to_json(),
         "gain_over_baseline": stats.paired_difference(scores["student"], scores["baseline"], **bootstrap).to_json()
         if settings.baseline
@@ -223,9 +201,6 @@ def evaluate(recipe: ClassifyRecipe, run: Run) -> dict[str, Any]:
             f"student_vs_{other}": vars(stats.mcnemar(scores["student"][0].astype(bool), scores[other][0].astype(bool)))
             for other in ("teacher", "control")
         },
-        "speedup_p50": speedup.to_json(),
-        "cost_ratio": cost_ratio.to_json(),
-        "break_even": verdict.break_even(float(np.mean(costs["teacher"])), float(np.mean(costs["student"])), one_off),
         "agreement": {
             arm: stats.mean_estimate(
                 np.stack([accuracy_scores(predicted["teacher"][0], names) for names in predicted[arm]]), **bootstrap
@@ -237,10 +212,7 @@ def evaluate(recipe: ClassifyRecipe, run: Run) -> dict[str, Any]:
         "risk_coverage": coverage,
         "confusions_added": confusions_added(test.gold, predicted["student"][0], predicted["teacher"][0]),
         "disagreements": _disagreements(recipe, test, predicted, probabilities),
-        "curves": {
-            arm: json.loads(run.path("models", arm, f"seed-{recipe.train.seeds[0]}", "curves.json").read_text("utf-8"))
-            for arm in ("student", "control")
-        },
+        "curves": evidence.training_curves(recipe, run, ("student", "control")),
         "data": {split: counts[split] for split in ("train", "val", "dev", "calibration", "test")}
         | {"dropped": counts["dropped"]},
         "spend": {
@@ -249,13 +221,12 @@ def evaluate(recipe: ClassifyRecipe, run: Run) -> dict[str, Any]:
             * (run.stages["score"]["counts"]["examples"] + len(test.texts) + len(held.texts)),
             "tokens": score_tokens + spent_tokens,
         },
-        "machine_price": settings.machine.model_dump(),
-        "provenance": _provenance(recipe, run),
+        "provenance": evidence.provenance(recipe, run, recipe.student.model, recipe.data.licence, _PACKAGES),
         "reproduce": [f"attar run {run.path('recipe.resolved.yaml')}"],
         "limits": _limits(recipe, len(test.texts), bool(held.texts)),
     }
     write_json(run.path("evaluate", "evaluation.json"), evaluation)
-    return {"verdict": decision}
+    return {"verdict": evaluation["verdict"]}
 
 
 def _disagreements(
@@ -285,11 +256,6 @@ def _disagreements(
     ]
 
 
-def _size_mb(path: Path) -> float:
-    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file() and p.name != "curves.json"]
-    return sum(file.stat().st_size for file in files) / 1e6
-
-
 def _about(recipe: ClassifyRecipe, arm: str) -> str:
     teacher, student = recipe.teacher, recipe.student
     scripted = "" if teacher.model.startswith("hf:") else "scripted or user-made engine, "
@@ -299,29 +265,6 @@ def _about(recipe: ClassifyRecipe, arm: str) -> str:
         "control": f"{student.model}, the teacher's hard labels only",
         "student": f"{student.model}, {' + '.join(o.kind for o in recipe.distill.objectives)}",
     }[arm]
-
-
-def _provenance(recipe: ClassifyRecipe, run: Run) -> dict[str, Any]:
-    versions = {"attar": __version__, "python": platform.python_version()}
-    for package in ("torch", "transformers", "tokenizers", "numpy", "scikit-learn"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed as a package"
-    outputs = run.outputs_of("curate")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {
-        "teacher": recipe.teacher.model,
-        "student": recipe.student.model,
-        "licences": sorted({x for x in (recipe.teacher.licence, recipe.data.licence) if x}) or ["not stated"],
-        "hashes": {
-            "teacher": run.fingerprint_path(teacher_files(recipe)),
-            **{name: outputs[f"data/{name}.jsonl"] for name in ("train", "val", "test")},
-        },
-        "versions": versions,
-        "seed": recipe.run.seed,
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {memory:.0f} GiB, {platform.system()}",
-    }
 
 
 def _limits(recipe: ClassifyRecipe, cases: int, has_calibration: bool) -> list[str]:
