@@ -12,8 +12,15 @@ LABELS = ["a", "b", "c"]
 
 def recipe(**teacher):
     content = {"labels": LABELS, "pool": "p.jsonl", "test": "t.jsonl"}
-    base = {"model": "x:Y", "prior": "uniform", "prompts": [{"template": "{{ text }}"}]}
+    base = {"model": "x:Y", "prompts": [{"template": "{{ text }}"}]}
+    if teacher.get("calibration") not in ("none", "contextual"):
+        base["prior"] = "uniform"
     return parse_recipe({"name": "n", "task": "classify", "data": content, "teacher": {**base, **teacher}}, "here")
+
+
+def test_a_prior_that_nothing_would_use_is_refused():
+    with pytest.raises(RecipeError, match="calibration contextual uses no prior"):
+        recipe(calibration="contextual", prior="uniform")
 
 
 def scores(n=3000, words=2, noise=1.5, seed=0):

@@ -158,7 +158,7 @@ def by_hand(teacher, arm, example, text):
 
 
 def test_what_is_read_equals_computation_by_hand(done, tiny_teacher):
-    recipe, folder, _, evaluation = done
+    _, folder, _, evaluation = done
     tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
     arm = folder / "export/control/seed-1"
     table = np.load(folder / "evaluate/answers/control-test-1.npy")

@@ -239,6 +239,8 @@ train: {epochs: 1, evaluations: 2}
 
 def language_model_job(folder, teacher, student, calibration="batch"):
     text = LANGUAGE_MODEL.replace("TEACHER", str(teacher)).replace("CALIBRATION", calibration)
+    if calibration == "contextual":
+        text = text.replace("  prior: uniform\n", "")
     return write_job(folder, text.replace("STUDENT", student))
 
 

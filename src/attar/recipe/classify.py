@@ -180,6 +180,13 @@ class ClassifyRecipe(Recipe):
             for label in mentioned:
                 if label not in labels:
                     raise ValueError(f"{key}: {label!r} is not in data.labels{nearest(label, self.data.labels)}")
+        # Only what is stated: a resolved recipe spells the default out.
+        stated = "prior" in self.teacher.model_fields_set and self.teacher.prior != "estimated"
+        if stated and self.teacher.calibration in ("none", "contextual"):
+            raise ValueError(
+                f"teacher.prior: calibration {self.teacher.calibration} uses no prior; leave it out, or set "
+                "teacher.calibration: batch or prototypical"
+            )
         if isinstance(self.teacher.prior, dict):
             if set(self.teacher.prior) != labels:
                 missing = ", ".join(sorted(labels - set(self.teacher.prior)))
