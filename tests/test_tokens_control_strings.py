@@ -102,11 +102,15 @@ def test_fuzzed_contents(turns, name):
     controls = {own.added[content] for content in own.controls}
     example = encode(tokenizer, messages)[-1]
     assert tokenizer.decode(example.ids) == tokenizer.apply_chat_template(messages, tokenize=False)
-    # with every word harmless, the template's own control tokens are what is left
+    # with every word harmless, the template's own control tokens are what is left; in the Qwen-like one the assistant's
+    # markup stays its own, and a user's message that looks like a tool's answer is not taken for a question
     harmless = [{**m, "content": "x"} for m in messages]
-    if name == "qwen":  # the assistant's own markup stays its own
-        harmless = [m if m["role"] == "user" else {**m, "content": markup(n["content"])}
-                    for m, n in zip(harmless, messages, strict=True)]  # fmt: skip
+    if name == "qwen":
+        for own_words, m in zip(harmless, messages, strict=True):
+            if m["role"] == "assistant":
+                own_words["content"] = markup(m["content"])
+            elif m["content"].startswith("<tool_response>") and m["content"].endswith("</tool_response>"):
+                return
     plain = encode(tokenizer, harmless)[-1]
     assert [i for i in example.ids if i in controls] == [i for i in plain.ids if i in controls]
     (last,) = learned(tokenizer, example)[-1:]

@@ -145,19 +145,25 @@ class Turns:
         used = set(text).union(*given, self._template)
         before, after = [chr(i) for i in _PRIVATE if chr(i) not in used][:2]
 
-        def rendered(manner: str) -> tuple[str, frozenset[int]]:
+        def rendered(manner: str) -> tuple[str, frozenset[int], int]:
+            """The text without marks, where marked strings start in it, and how many there were in the content."""
             marks = Marks(before, after, manner)
+            marked = marks.messages(messages, self.coder)
             tools = None if self._tools is None else marks.value(self._tools, self.coder.any_control)
-            return marks.find(self._render(marks.messages(messages, self.coder), where, tools=tools), self.coder)
+            given = sum(len(marks.find(string, self.coder)[1]) for string in strings([marked, tools]))
+            return *marks.find(self._render(marked, where, tools=tools), self.coder), given
 
-        def spellings(text: str, quoted: frozenset[int]) -> list[str]:
+        def own(text: str, quoted: frozenset[int]) -> list[str]:
             return [text[s:e] for s, e in self.coder.occurrences(text) if s not in quoted]
 
         for manner in Marks.MANNERS:
             try:
-                unmarked, quoted = rendered(manner)
-                # What is left as the template's own must be what it writes for content that spells nothing.
-                if unmarked == text and spellings(text, quoted) == spellings(*rendered("instead")):
+                unmarked, quoted, given_marked = rendered(manner)
+                if unmarked != text:
+                    continue
+                # Either every marked string is found again; or, where the template leaves some out, what is not marked
+                # is what the template writes for content that spells nothing.
+                if len(quoted) == given_marked or own(text, quoted) == own(*rendered("instead")[:2]):
                     return quoted
             except DataError:
                 continue

@@ -59,7 +59,7 @@ class TokenBudgetBatches:
         seed: of the order; the epoch's number is added to it.
         num_processes: how many processes share an epoch.
         rank: which of them this is.
-        window: rows that are sorted together. More pad less, fewer mix more.
+        window: about how many batches' rows are sorted together. More pad less, fewer mix more.
 
     Raises:
         ValueError: an argument is out of its range, or there are fewer rows than processes.
@@ -73,7 +73,7 @@ class TokenBudgetBatches:
         seed: int,
         num_processes: int = 1,
         rank: int = 0,
-        window: int = 4096,
+        window: int = 128,
     ) -> None:
         if len(lengths) == 0 or min(lengths) < 1:
             raise ValueError(f"lengths holds {len(lengths)} rows, the shortest {min(lengths, default=0)}; wanted >= 1")
@@ -135,8 +135,10 @@ class TokenBudgetBatches:
         order = list(range(len(self.lengths)))
         rng.shuffle(order)
         batches: list[list[int]] = []
-        for start in range(0, len(order), self.window):
-            jittered = [(self.lengths[row] * rng.uniform(1, 1 + _JITTER), row) for row in order[start:][: self.window]]
+        rows_of_window = max(1, self.window * self.tokens_per_batch * len(order) // sum(self.lengths))
+        for start in range(0, len(order), rows_of_window):
+            rows = order[start : start + rows_of_window]
+            jittered = [(self.lengths[row] * rng.uniform(1, 1 + _JITTER), row) for row in rows]
             batches += self._cut([row for _, row in sorted(jittered)])
         rng.shuffle(batches)
         while len(batches) % self.num_processes:
