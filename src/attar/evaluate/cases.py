@@ -96,7 +96,8 @@ def read_cases(recipe: ChatRecipe, run: Run, folders: Sequence[Path]) -> Cases:
         student = AutoTokenizer.from_pretrained(folders[0])
         own = [encode_conversation(student, c, max_tokens=limit) for c in conversations]
     else:
-        _check_same(folders[0], conversations, theirs, limit)
+        for folder in folders:
+            _check_same(folder, conversations, theirs, limit)
     usable = [i for i in range(len(conversations)) if theirs[i] and own[i]]
     counts["left out"] = len(conversations) - len(usable)
     if not usable:
