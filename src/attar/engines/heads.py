@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from attar.errors import CapabilityError
 from attar.losses.terms import Head
 
-__all__ = ["check_head", "eval_mode", "head_of", "hidden_states", "plain_model"]
+__all__ = ["check_head", "decoder_path", "eval_mode", "head_of", "hidden_states", "plain_model"]
 
 # Largest difference of logits, as a share of the largest logit, between the model and its head on the same states.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -111,6 +111,13 @@ def hidden_states(model: Any, **inputs: Any) -> Tensor:
     decoder = plain_model(model).get_decoder()
     states: Tensor = decoder(**{"use_cache": False, **inputs}).last_hidden_state
     return states
+
+
+def decoder_path(model: Any) -> str:
+    """The dotted path of the part of ``plain_model(model)`` that ``hidden_states`` calls: "model" of most."""
+    plain = plain_model(model)
+    decoder = plain.get_decoder()
+    return next(name for name, module in plain.named_modules() if module is decoder)
 
 
 def check_head(model: Any, tokenizer: Any) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attar.engines.heads import head_of, hidden_states, plain_model
+from attar.engines.heads import decoder_path, head_of, hidden_states, plain_model
 from attar.errors import WorkspaceError
 from attar.losses import Head
 from attar.signals.hidden import HEAD, from_array, pack_head, to_array, unpack_head
@@ -59,7 +59,8 @@ def ask(model: nn.Module, tokenizer: Any, examples: Sequence[TokenizedExample], 
     for row, example in enumerate(examples):
         ids[row, : len(example)] = torch.from_numpy(example.ids)
     head = head_of(model, tokenizer)
-    with Taps(plain_model(model), kind.layers) if kind.layers else _no_taps() as taps:
+    reading = Taps(plain_model(model), kind.layers, called=decoder_path(model)) if kind.layers else _no_taps()
+    with reading as taps:
         states = hidden_states(model, input_ids=ids.to(device))
         layers = [taps[path] for path in kind.layers]
     records = []

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attar.engines.heads import head_of, hidden_states, plain_model
+from attar.engines.heads import decoder_path, head_of, hidden_states, plain_model
 from attar.errors import CapabilityError, DataError
 from attar.losses import CrossEntropyTerm, Divergence, DivergenceTerm, Head, SampledTerm, Term, TopKTerm, projected_loss
 from attar.taps import Taps
@@ -24,9 +24,14 @@ SUPERVISED = "supervised"
 
 
 def is_language_model(module: nn.Module) -> bool:
-    """Whether a module is a causal language model whose head can be told from its decoder."""
+    """Whether a module is a causal language model whose head can be told from its decoder.
+
+    A masked one shows a head as well, but cannot generate; an encoder-decoder reads two inputs.
+    """
     plain = plain_model(module)
-    return hasattr(plain, "get_decoder") and getattr(plain, "get_output_embeddings", lambda: None)() is not None
+    if not (hasattr(plain, "get_decoder") and hasattr(plain, "can_generate") and plain.can_generate()):
+        return False
+    return plain.get_output_embeddings() is not None and not plain.config.is_encoder_decoder
 
 
 class _States(nn.Module):
@@ -98,6 +103,10 @@ class LanguageModel(Distilled):
         inner: nn.Module = plain_model(module.model if isinstance(module, _States) else module)
         return inner
 
+    def _taps(self, module: nn.Module, paths: Sequence[str]) -> Taps:
+        model = module.model if isinstance(module, _States) else module
+        return Taps(self._inner(module), paths, called=decoder_path(model))
+
     def _run(self, batch: Batch) -> _Outputs:
         mask = batch[SUPERVISED][:, 1:]
         ids = batch["input_ids"]
@@ -111,15 +120,16 @@ class LanguageModel(Distilled):
         return _Outputs(hidden_states(self.student, input_ids=ids)[:, :-1][mask], teacher)
 
     def _on_outputs(
-        self, batch: Batch, outputs: _Outputs, chosen: Sequence[int], denominators: Tensor | None
+        self, batch: Batch, outputs: _Outputs, chosen: Mapping[int, float], denominators: Tensor | None
     ) -> tuple[Tensor, dict[int, Tensor]]:
         if not chosen:
             return outputs.states.new_zeros(()), {}
         targets = batch["input_ids"][:, 1:][batch[SUPERVISED][:, 1:]]
         terms = []
-        for number in chosen:
+        for number, weight in chosen.items():
             denominator = None if denominators is None else denominators[number].clamp(min=1)
-            terms.append(self._term(self.objectives[number], batch, outputs, targets, denominator))
+            common = {"denominator": denominator, "coefficient": weight}
+            terms.append(self._term(self.objectives[number], batch, outputs, targets, common))
         loss = projected_loss(outputs.states, self._whole_head(), terms)
         return loss.total, dict(zip(chosen, loss.terms, strict=True))
 
@@ -129,9 +139,8 @@ class LanguageModel(Distilled):
         return replace(self._head, weight=_whole(layer.weight), bias=None if layer.bias is None else _whole(layer.bias))
 
     def _term(
-        self, objective: AnyObjective, batch: Batch, outputs: _Outputs, targets: Tensor, denominator: Tensor | None
+        self, objective: AnyObjective, batch: Batch, outputs: _Outputs, targets: Tensor, common: Mapping[str, Any]
     ) -> Term:
-        common: dict[str, Any] = {"denominator": denominator, "coefficient": objective.weight}
         if isinstance(objective, Response):
             return CrossEntropyTerm(targets, **common)
         if not isinstance(objective, Logit):
@@ -146,6 +155,11 @@ class LanguageModel(Distilled):
     def _cached(self, divergence: Divergence, batch: Batch, common: Mapping[str, Any]) -> Term:
         signal = {key.removeprefix(SIGNAL): value for key, value in batch.items() if key.startswith(SIGNAL)}
         stored = {"temperature": self._temperature, **common}
+        if self._kept is not None and "ids" in signal:
+            raise CapabilityError(
+                "the cached signal names tokens of the teacher's whole vocabulary, of which the student has a part; "
+                "use signals of kind hidden, or a live teacher"
+            )
         if "states" in signal:
             return DivergenceTerm(divergence, signal["states"], self._teachers_head(), **common)
         if "entropy" in signal:
