@@ -52,6 +52,7 @@ def test_the_teacher_is_frozen_and_outside(tmp_path):
     assert not optimised & {id(p) for p in teacher.parameters()}
     stored = load_file(last_checkpoint(tmp_path) / "model.safetensors")
     assert {name.split(".")[0] for name in stored} == {"student", "projectors"}
+    assert not any("teacher" in name for name, _ in trainer.distilled.named_modules())
     assert sum(t.numel() for t in stored.values()) == sum(p.numel() for p in trainer.distilled.parameters())
 
 
@@ -82,7 +83,7 @@ def test_the_gradient_is_that_of_the_mean_by_hand(tmp_path):
     wanted = wanted + 0.5 * F.cross_entropy(logits[known], batch[LABELS][known])
     wanted = wanted + 2.0 * (1 - F.cosine_similarity(hidden, teacher.body(batch["x"]), dim=-1)).mean()
     total = trainer.distilled(batch).total
-    assert float(total) == pytest.approx(float(wanted), rel=1e-12)
+    assert total.item() == pytest.approx(wanted.item(), rel=1e-12)
     ours = torch.autograd.grad(total, list(trainer.distilled.parameters()))
     theirs = torch.autograd.grad(wanted, [*student.parameters(), *projector.parameters()])
     for one, other in zip(ours, theirs, strict=True):
@@ -136,7 +137,7 @@ def test_padding_is_no_part_of_a_feature_loss(tmp_path):
     alone = [distilled(part, one).each for part in ({"x": x[:1], "attention_mask": mask[:1]}, short)]
     torch.testing.assert_close(distilled(both, one).each, alone[0] + alone[1], rtol=1e-12, atol=0)
     # of each example the mean over its tokens
-    student, teacher = (side.states(short["x"]) for side in (distilled.student, distilled.teacher))
+    student, teacher = (side.states(short["x"]).detach() for side in (distilled.student, distilled.teacher))
     assert float(alone[1][0]) == pytest.approx(float(F.mse_loss(student, teacher)), rel=1e-12)
 
 
@@ -242,11 +243,7 @@ def test_each_objective_is_logged(tmp_path):
     batch = stacked(data[:3])
     for number, name in enumerate(names):
         wanted = copy.deepcopy(trainer.distilled)
-        wanted.teacher = trainer.distilled.teacher
-        value = wanted(batch, torch.ones(4) * 1e9).each  # all are computed; the one is differentiated below
-        assert len(value) == 4
-        total = wanted(batch, None, number).total
-        total.backward()
+        wanted(batch, None, number).total.backward()
         norm = math.sqrt(sum(float(p.grad.square().sum()) for p in wanted.parameters() if p.grad is not None))
         assert evaluated[f"gradient_{name}"] == pytest.approx(norm, rel=1e-9)
     # without its weight: that of weight 0 has one, as the same at another temperature
@@ -326,7 +323,7 @@ def test_a_run_that_goes_on_ends_as_one_that_was_not_disturbed(tmp_path):
     run_with_checkpoints(tmp_path / "cut", callbacks=[Stop(3)])
     checkpoint = last_checkpoint(tmp_path / "cut")
     assert checkpoint.name == "checkpoint-3"
-    again = run_with_checkpoints(tmp_path / "cut", model=Net(seed=5), resume=checkpoint)
+    again = run_with_checkpoints(tmp_path / "cut", model=Net(seed=5, dropout=0.3), resume=checkpoint)
     assert again.state.global_step == 8
     assert_same(weights(again.distilled), weights(whole.distilled))
 
@@ -386,7 +383,7 @@ def test_a_tied_weight_is_stored_once_and_comes_back(tmp_path):
 
 
 def test_a_teacher_that_is_missing_is_named(tmp_path):
-    with pytest.raises(CapabilityError, match="'logit' needs 'teacher_logprobs' in its batches, or a teacher; .*hold x"):
+    with pytest.raises(CapabilityError, match=r"'logit' needs 'teacher_logprobs' in its batches, or a teacher; .* x"):
         make(tmp_path, Net(), [Logit()], rows(4)).train()
     with pytest.raises(CapabilityError, match="'response' needs 'teacher_logprobs'"):
         make(tmp_path, Net(), [Response()], rows(4)).train()
@@ -409,9 +406,9 @@ def test_globs_pair_layers_in_order(tmp_path):
     objectives = [Feature({"body.*": "body.*"}, loss="mse")]
     teacher = Net(seed=7)
     trainer = make(tmp_path, Net(), objectives, rows(4), teacher=teacher, evaluated=rows(4))
-    x = stacked(rows(4))["x"]
-    sides = [[layer(x), torch.tanh(layer(x)), torch.tanh(layer(x))] for layer in (trainer.student.body[0], teacher.body[0])]
-    wanted = sum(F.mse_loss(one, other) for one, other in zip(*sides, strict=True)) / 3
+    with torch.no_grad():
+        first, second = (side.body[0](stacked(rows(4))["x"]) for side in (trainer.student, teacher))
+    wanted = (F.mse_loss(first, second) + 2 * F.mse_loss(first.tanh(), second.tanh())) / 3
     assert trainer.evaluate()["eval_loss"] == pytest.approx(float(wanted), rel=1e-12)
 
 

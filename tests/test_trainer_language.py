@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from attar.errors import CapabilityError, DataError, TrainingError, UsageError
 from attar.losses import Divergence
 from attar.signals.language import SignalKind, SignalReader, ask, keep_head
-from attar.signals.sparse import example_random, logit_chunks, sampled, top_k
+from attar.signals.sparse import example_random, sampled, top_k
 from attar.signals.store import SignalStore
 from attar.students.adapt import add_lora
 from attar.train.batches import SIGNAL, Collator, TokenBudgetBatches, TokenizedRows, collate
@@ -44,9 +44,9 @@ def batch_of(some, pad=PAD):
 
 
 def distilled(objectives, some, teacher=None, student=None, **options):
-    """A language model with its projectors, as the trainer makes it."""
+    """A language model with its projectors, as the trainer makes it with seed 1."""
     module = LanguageModel(student or causal(), objectives, teacher, **options)
-    module.probe(batch_of(some[:1]), 0)
+    module.probe(batch_of(some[:1]), 1)
     return module
 
 
@@ -83,10 +83,10 @@ def gradients(loss, module):
     return torch.autograd.grad(loss, [p for p in module.parameters() if p.requires_grad], allow_unused=True)
 
 
-def assert_close_gradients(ours, theirs):
+def assert_close_gradients(ours, theirs, rtol=1e-8, atol=1e-12):
     for one, other in zip(ours, theirs, strict=True):
         one, other = (torch.zeros(()) if g is None else g for g in (one, other))
-        torch.testing.assert_close(one, other.expand_as(one), rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(one, other.expand_as(one), rtol=rtol, atol=atol)
 
 
 # the loss
@@ -98,9 +98,9 @@ def test_values_and_gradients_are_those_of_dense_logits_by_hand():
     values = module(batch_of(some))
     each = by_hand(module, teacher, some)
     for ours, theirs in zip(values.each.tolist(), each, strict=True):
-        assert ours == pytest.approx(float(theirs), rel=1e-9)
+        assert ours == pytest.approx(theirs.item(), rel=1e-9)
     total = 0.5 * each[0] + 2.0 * each[1] + 3.0 * each[2]
-    assert float(values.total) == pytest.approx(float(total), rel=1e-9)
+    assert values.total.item() == pytest.approx(total.item(), rel=1e-9)
     ours = gradients(values.total, module)
     assert sum(g is not None and bool(g.any()) for g in ours) > 20
     assert_close_gradients(ours, gradients(total, module))
@@ -115,7 +115,7 @@ def test_every_divergence(which):
     module = distilled([logit, FEATURE], some, teacher)
     values = module(batch_of(some), None, 0)
     wanted = by_hand(module, teacher, some, measure)[1]
-    assert float(values.total) == pytest.approx(float(wanted), rel=1e-9)
+    assert values.total.item() == pytest.approx(wanted.item(), rel=1e-9)
     assert_close_gradients(gradients(values.total, module), gradients(wanted, module))
 
 
@@ -178,7 +178,7 @@ def test_evaluation_is_a_true_mean_over_tokens(tmp_path, budget):
     data = TokenizedRows(some, budget)
     trainer = make(tmp_path, causal(), MIXED, data, teacher=teacher, evaluated=data, collator=Collator(PAD))
     losses = trainer.evaluate()
-    wanted = [float(value) for value in by_hand(trainer.distilled, teacher, some)]
+    wanted = [value.item() for value in by_hand(trainer.distilled, teacher, some)]
     found = [losses[f"eval_{name}"] for name in ("response", "logit", "feature_cosine")]
     assert found == pytest.approx(wanted, rel=1e-9)
     assert losses["eval_loss"] == pytest.approx(0.5 * wanted[0] + 2 * wanted[1] + 3 * wanted[2], rel=1e-9)
@@ -203,7 +203,7 @@ def test_cached_states_equal_the_live_teacher(tmp_path):
     batch = Collator(PAD, reader)(list(enumerate(some)))
     live = distilled(MIXED, some, teacher)
     cached = LanguageModel(causal(), MIXED, teacher_head=reader.head())
-    cached.probe(batch, 0)
+    cached.probe(batch, 1)
     ours, theirs = live(batch_of(some)), cached(batch)
     assert torch.equal(ours.each, theirs.each)
     for one, other in zip(gradients(ours.total, live), gradients(theirs.total, cached), strict=True):
@@ -225,19 +225,21 @@ def test_top_k_with_the_whole_vocabulary_equals_the_live_teacher(tmp_path):
     exact = signal_batch(teacher, some, lambda logits: top_k([logits], VOCABULARY, 2.0)._asdict())
     module = distilled(objectives, some, temperature=2.0)
     found = module(exact)
-    assert float(found.total) == pytest.approx(float(wanted.total), rel=1e-9)
+    # log-probabilities are float32
+    assert found.total.item() == pytest.approx(wanted.total.item(), rel=1e-6)
     live = distilled(objectives, some, teacher)
-    assert_close_gradients(gradients(found.total, module), gradients(live(batch_of(some)).total, live))
+    theirs = gradients(live(batch_of(some)).total, live)
+    assert_close_gradients(gradients(found.total, module), theirs, 1e-5, 1e-7)
     # as it is stored, in two bytes an entry
     reader = stored(tmp_path, teacher, some, SignalKind("top_k", entries=VOCABULARY, temperature=2.0))
     batch = Collator(PAD, reader)(list(enumerate(some)))
-    assert float(module(batch).total) == pytest.approx(float(wanted.total), rel=0.02)
+    assert module(batch).total.item() == pytest.approx(wanted.total.item(), rel=0.02)
 
 
 def test_samples_are_unbiased():
     """The mean of 400 samples lies within five standard errors; a false alarm is a matter of 1 in a million."""
     some, teacher = examples(2), causal(width=48, seed=3)
-    wanted = float(distilled([Logit()], some, teacher)(batch_of(some)).total)
+    wanted = distilled([Logit()], some, teacher)(batch_of(some)).total.item()
     module = distilled([Logit()], some)
 
     def drawn(seed):
@@ -289,7 +291,7 @@ def test_a_trimmed_vocabulary_is_the_teacher_restricted(tmp_path):
         total = total + by_torch(ours, theirs[:, kept], Divergence()).sum()
         tokens += len(ids)
     found = module(batch_of(some), None, 0).total
-    assert float(found) == pytest.approx(float(total) / tokens, rel=1e-9)
+    assert found.item() == pytest.approx(total.item() / tokens, rel=1e-9)
     assert_close_gradients(gradients(found, module), gradients(total / tokens, module))
     # and with the teacher's states cached, which were read from its own ids
     own = [copy.copy(example) for example in some]
@@ -298,7 +300,7 @@ def test_a_trimmed_vocabulary_is_the_teacher_restricted(tmp_path):
     reader = stored(tmp_path, teacher, own, SignalKind("hidden", dtype=torch.float64))
     batch = Collator(PAD, reader)(list(enumerate(some)))
     cached = LanguageModel(module.student, [Logit()], kept=kept, teacher_head=reader.head())
-    assert float(cached(batch).total) == pytest.approx(float(found), rel=1e-9)
+    assert cached(batch).total.item() == pytest.approx(found.item(), rel=1e-9)
 
 
 def test_padding_of_a_vocabulary_never_carries_probability():
@@ -316,7 +318,7 @@ def test_padding_of_a_vocabulary_never_carries_probability():
         soft = soft + by_torch(ours[:, :VOCABULARY], theirs[:, :VOCABULARY], Divergence("forward_kl", 2.0)).sum()
         tokens += len(ids)
     values = module(batch_of(some))
-    assert values.each.tolist() == pytest.approx([float(cross) / tokens, float(soft) / tokens], rel=1e-9)
+    assert values.each.tolist() == pytest.approx([cross.item() / tokens, soft.item() / tokens], rel=1e-9)
     (gradient,) = torch.autograd.grad(values.total, student.lm_head.weight)
     assert (gradient[VOCABULARY:] == 0).all()
     assert (gradient[:VOCABULARY] != 0).any()
@@ -349,6 +351,7 @@ def test_a_student_with_adapters(tmp_path):
     assert_same(weights(fresh), weights(adapted))
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_adapters_on_the_head_are_refused():
     adapted = get_peft_model(causal(), LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"))
     with pytest.raises(CapabilityError, match="leave it out of the adapter's target_modules"):
@@ -404,9 +407,9 @@ def test_every_example_comes_once_an_epoch(tmp_path):
     watching = Watching()
     trainer = start_run(tmp_path, student(), [Response()], collator=watching, save_strategy="no")
     trainer.train()
-    batches = [len(TokenBudgetBatches(TokenizedRows(examples(7), 45).lengths, 45, seed=s)) for s in (1,)]
     assert sorted(row for batch in watching.seen for row in batch) == sorted([*range(7)] * 3)
-    assert len(set(map(tuple, watching.seen))) > batches[0]  # another order, and other batches, in each epoch
+    epoch = len(TokenBudgetBatches(TokenizedRows(examples(7), 45).lengths, 45, seed=1))
+    assert watching.seen[:epoch] != watching.seen[epoch : 2 * epoch]
     assert trainer.state.global_step == -(-len(watching.seen) // 2)
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(entries) == trainer.state.global_step
@@ -457,23 +460,22 @@ def test_checkpoints_hold_the_student_and_its_projectors(tmp_path):
 class Poison(TrainerCallback):
     """Puts a NaN into the student after two steps."""
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step == 2:
             with torch.no_grad():
                 model.student.lm_head.weight[5] = float("nan")
 
 
 def test_a_loss_that_is_not_a_number_names_the_examples(tmp_path):
-    some = examples(7)
-    order = TokenBudgetBatches([len(example) for example in some], 45, seed=1)
-    fifth = list(order)[4]  # two batches a step
-    named = ", ".join(some[row].id for row in fifth)
-    trainer = start_run(tmp_path, student(), [Response(), Logit()], callbacks=[Poison()])
-    with pytest.raises(TrainingError, match=f"the loss is nan at step 2 in the batch of {named}; the last checkpoint"):
+    watching = Watching()
+    trainer = start_run(tmp_path, student(), [Response(), Logit()], callbacks=[Poison()], collator=watching)
+    with pytest.raises(TrainingError, match="the loss is nan at step 2 in the batch of") as error:
         trainer.train()
+    named = ", ".join(f"example-{row}" for row in watching.seen[4])  # two batches a step
+    assert f"in the batch of {named}; the last checkpoint in {tmp_path} is kept" in str(error.value)
     checkpoint = last_checkpoint(tmp_path)
     assert checkpoint.name == "checkpoint-2"
-    assert load_file(checkpoint / "model.safetensors")
+    assert all(bool(tensor.isfinite().all()) for tensor in load_file(checkpoint / "model.safetensors").values())
 
 
 # what is refused

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
+from attar.tokens import TokenizedExample
 from attar.train.objectives import LABELS, TEACHER
 from attar.train.trainer import DistillationTrainer
-from attar.tokens import TokenizedExample
 from lm import make_model
 
 VOCABULARY = 40

@@ -42,7 +42,7 @@ class SignalKind:
     """of states"""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def ask(model: nn.Module, tokenizer: Any, examples: Sequence[TokenizedExample], kind: SignalKind) -> list[Packed]:
     """The signals of some examples, one record each, from one padded forward pass.
 

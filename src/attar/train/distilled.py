@@ -64,8 +64,8 @@ class Distilled(nn.Module):
         """The live teacher."""
         return self._outside[0]
 
-    @teacher.setter
-    def teacher(self, module: nn.Module) -> None:
+    def place_teacher(self, module: nn.Module) -> None:
+        """Put the same teacher, moved or wrapped, in its place. An assignment would make it a part of this module."""
         self._outside = (module,)
 
     def probe(self, batch: Batch, seed: int) -> None:
@@ -279,8 +279,8 @@ def _logits(outputs: Any, side: str) -> Tensor:
         )
     if found.dim() != 2:
         raise CapabilityError(
-            f"the {side} returned logits of shape {tuple(found.shape)}; wanted [examples, classes]: pool or flatten them "
-            "in the module, and its targets alike"
+            f"the {side} returned logits of shape {tuple(found.shape)}; wanted [examples, classes]: pool or flatten "
+            "them in the module, and its targets alike"
         )
     return found
 

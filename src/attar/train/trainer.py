@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,11 +89,11 @@ class DistillationTrainer(Trainer):
         self._names = _unique([objective.name for objective in self.objectives])
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if distilled.teacher is not None and not sharded:
-            distilled.teacher = distilled.teacher.to(args.device)
+            distilled.place_teacher(distilled.teacher.to(args.device))
         if self.train_dataset is not None and any(isinstance(objective, Feature) for objective in self.objectives):
             distilled.probe(self.data_collator([next(iter(self.train_dataset))]), args.seed)
         if distilled.teacher is not None and sharded:
-            distilled.teacher = self.accelerator.prepare_model(distilled.teacher, evaluation_mode=True)
+            distilled.place_teacher(self.accelerator.prepare_model(distilled.teacher, evaluation_mode=True))
 
     @property
     def student(self) -> nn.Module:
@@ -358,9 +357,7 @@ def _untied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _another_model(folder: Any, why: str) -> TrainingError:
-    return TrainingError(
-        f"the checkpoint in {folder} is of another model: {why}; delete it or train in another folder"
-    )
+    return TrainingError(f"the checkpoint in {folder} is of another model: {why}; delete it or train in another folder")
 
 
 def _unique(names: Sequence[str]) -> list[str]:
