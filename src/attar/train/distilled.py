@@ -68,6 +68,16 @@ class Distilled(nn.Module):
         """Put the same teacher, moved or wrapped, in its place. An assignment would make it a part of this module."""
         self._outside = (module,)
 
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """As of the student, for the Trainer; the teacher keeps nothing for a backward pass anyway."""
+        student: Any = self.student
+        student.activation_checkpointing_enable(**options)
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """The same under its name before transformers 5.23."""
+        student: Any = self.student
+        student.gradient_checkpointing_enable(**options)
+
     def probe(self, batch: Batch, seed: int) -> None:
         """Build the projectors that objectives need, from the shapes that one batch gives."""
         if not self._pairs:

@@ -16,6 +16,7 @@ from attar.taps import Taps
 from attar.train.batches import SIGNAL
 from attar.train.distilled import Batch, Distilled
 from attar.train.objectives import AnyObjective, Logit, Response
+from attar.train.sharding import whole, whole_in_forward
 
 __all__ = ["SUPERVISED", "LanguageModel", "is_language_model"]
 
@@ -41,6 +42,9 @@ class _States(nn.Module):
         super().__init__()
         self.model = model
         self._no_split_modules = getattr(plain_model(model), "_no_split_modules", None)
+
+    def tie_weights(self) -> None:
+        plain_model(self.model).tie_weights()
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return hidden_states(self.model, input_ids=input_ids)
@@ -79,16 +83,21 @@ class LanguageModel(Distilled):
         temperature: float = 1.0,
     ) -> None:
         super().__init__(student, objectives, None if teacher is None else _States(teacher))
-        self._head = head_of(student, tokenizer)
+        self._head = _without_weights(head_of(student, tokenizer))
         self._kept = kept
         self._temperature = temperature
         self._teacher_model = (teacher,)
         # Once: the size of a tokenizer's vocabulary takes longer to count than a chunk of tokens takes.
-        found = head_of(teacher, tokenizer if kept is None else None) if teacher is not None else teacher_head
-        self._teacher_head = found
+        if teacher is not None:
+            teacher_head = _without_weights(head_of(teacher, tokenizer if kept is None else None))
+        self._teacher_head = teacher_head
         # What accelerate reads to find the layers that FSDP wraps.
         self._no_split_modules = getattr(plain_model(student), "_no_split_modules", None)
         self.config = getattr(student, "config", None)
+
+    def tie_weights(self) -> None:
+        """Make tied weights one tensor again, which FSDP2 calls after it has loaded them from one process."""
+        plain_model(self.student).tie_weights()
 
     def supervised(self, batch: Batch) -> list[Tensor]:
         """The supervised tokens, the same for every objective."""
@@ -136,7 +145,8 @@ class LanguageModel(Distilled):
     def _whole_head(self) -> Head:
         """The student's head with the weights of this forward: FSDP2 puts whole ones in the sharded ones' place."""
         layer = plain_model(self.student).get_output_embeddings()
-        return replace(self._head, weight=_whole(layer.weight), bias=None if layer.bias is None else _whole(layer.bias))
+        bias = None if layer.bias is None else whole_in_forward(layer.bias)
+        return replace(self._head, weight=whole_in_forward(layer.weight), bias=bias)
 
     def _term(
         self, objective: AnyObjective, batch: Batch, outputs: _Outputs, targets: Tensor, common: Mapping[str, Any]
@@ -178,7 +188,7 @@ class LanguageModel(Distilled):
         model = self._teacher_model[0]
         if model is not None:
             layer = plain_model(model).get_output_embeddings()
-            head = replace(head, weight=_whole(layer.weight), bias=None if layer.bias is None else _whole(layer.bias))
+            head = replace(head, weight=whole(layer.weight), bias=None if layer.bias is None else whole(layer.bias))
         if self._kept is None:
             return head
         kept = self._kept.to(head.weight.device)
@@ -203,8 +213,7 @@ class LanguageModel(Distilled):
         return layer[:, :-1][batch[SUPERVISED][:, 1:]] if layer.dim() == 3 and 2 in ranks else layer
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that FSDP2 may have sharded; its gradient goes back to the shards."""
-    full = getattr(tensor, "full_tensor", None)
-    whole: Tensor = tensor if full is None else full()
-    return whole
+def _without_weights(head: Head) -> Head:
+    """The shape of a head alone: its weights are read anew in each forward, and would not be freed once sharded."""
+    bias = None if head.bias is None else head.bias.detach().to("meta")
+    return replace(head, weight=head.weight.detach().to("meta"), bias=bias)

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers.utils import strtobool
 
 from attar.errors import TrainingError
 from attar.train.batches import TokenBudgetBatches
 from attar.train.distilled import AnyModule, Distilled
 from attar.train.language_model import LanguageModel, is_language_model
 from attar.train.objectives import AnyObjective, Feature
+from attar.train.sharding import check_launch, is_sharded, spread_teacher
 
 __all__ = ["DistillationTrainer", "last_checkpoint"]
 
@@ -73,11 +78,6 @@ class DistillationTrainer(Trainer):
         # Which columns are used is for the objectives to say.
         args.remove_unused_columns = False
         args.logging_nan_inf_filter = False
-        if args.gradient_checkpointing:
-            # The wrapper has no such method; and the teacher keeps nothing for a backward pass anyway.
-            student: Any = distilled.student
-            student.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
-            args.gradient_checkpointing = False
         super().__init__(model=distilled, args=args, data_collator=data_collator or default_data_collator, **kwargs)
         self.objectives = distilled.objectives
         self.loss_is_scaled_for_ga = True
@@ -87,13 +87,15 @@ class DistillationTrainer(Trainer):
         self._steps = 0
         self._all_batches: _Epochs | None = None
         self._names = _unique([objective.name for objective in self.objectives])
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        check_launch(self.accelerator, asked_fsdp=strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false")))
+        # Shapes are asked of whole models: before the teacher is sharded, after both are on one device.
+        sharded = is_sharded(self.accelerator)
         if distilled.teacher is not None and not sharded:
-            distilled.place_teacher(distilled.teacher.to(args.device))
+            distilled.place_teacher(spread_teacher(self.accelerator, distilled.teacher))
         if self.train_dataset is not None and any(isinstance(objective, Feature) for objective in self.objectives):
             distilled.probe(self.data_collator([next(iter(self.train_dataset))]), args.seed)
         if distilled.teacher is not None and sharded:
-            distilled.place_teacher(self.accelerator.prepare_model(distilled.teacher, evaluation_mode=True))
+            distilled.place_teacher(spread_teacher(self.accelerator, distilled.teacher))
 
     @property
     def student(self) -> nn.Module:
@@ -163,18 +165,24 @@ class DistillationTrainer(Trainer):
 
     def _losses(self, dataset: Any, prefix: str) -> dict[str, float]:
         """The weighted sum and each objective's mean."""
-        model = self.accelerator.unwrap_model(self.model) if self.args.world_size == 1 else self.model_wrapped
+        model = self.model_wrapped
+        if is_sharded(self.accelerator) and model is self.distilled and not isinstance(model, FSDPModule):
+            raise TrainingError("evaluate() is called before train(), which shards the student; call it after")
         training = model.training
         model.eval()
         sums = torch.zeros(len(self.objectives), dtype=torch.float64)
         counts = torch.zeros_like(sums)
+        loader = self.get_eval_dataloader(dataset)
+        own = loader.batch_sampler.own
         with torch.no_grad():
-            for raw in self.get_eval_dataloader(dataset):
+            for number, raw in enumerate(loader):
                 batch = self._prepare_inputs(raw)
                 # A denominator of 1 gives sums.
                 ones = torch.ones(len(self.objectives), device=self.args.device)
-                sums += model(batch, ones).each.double().cpu()
-                counts += torch.tensor([float(mask.sum()) for mask in self.distilled.supervised(batch)])
+                values = model(batch, ones).each
+                if number < own:
+                    sums += values.double().cpu()
+                    counts += torch.tensor([float(mask.sum()) for mask in self.distilled.supervised(batch)])
         if self.args.world_size > 1:
             both = torch.stack([sums, counts])[None].to(self.args.device)
             sums, counts = self.accelerator.gather(both).sum(0).cpu()
@@ -243,7 +251,7 @@ class DistillationTrainer(Trainer):
         batches = self._token_batches(self.train_dataset, lengths)
         micro_batches = args.max_steps * args.gradient_accumulation_steps if args.max_steps > 0 else None
         self._all_batches = _Epochs(batches, args.num_train_epochs, micro_batches)
-        return self._token_loader(self.train_dataset, self._all_batches)
+        return self._loader(self.train_dataset, self._all_batches)
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
         """As the Trainer's; batches by tokens are all epochs' in a row."""
@@ -253,12 +261,15 @@ class DistillationTrainer(Trainer):
         return super().set_initial_training_values(args, dataloader)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """By a budget of tokens where the dataset knows its lengths, else the Trainer's."""
+        """Batches that are the same on any number of processes: by a budget of tokens, or of so many rows, in order."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         lengths = getattr(dataset, "lengths", None)
-        if lengths is None:
-            return super().get_eval_dataloader(eval_dataset)  # type: ignore[no-any-return]
-        return self._token_loader(dataset, _Epochs(self._token_batches(dataset, lengths), 1))
+        if lengths is not None:
+            batches = list(TokenBudgetBatches(lengths, dataset.tokens_per_batch, seed=self.args.seed))
+        else:
+            size = self.args.eval_batch_size
+            batches = [list(range(len(dataset)))[start : start + size] for start in range(0, len(dataset), size)]
+        return self._loader(dataset, _Shared(batches, self.args.world_size, self.args.process_index))
 
     def _token_batches(self, dataset: Any, lengths: Sequence[int]) -> TokenBudgetBatches:
         return TokenBudgetBatches(
@@ -269,7 +280,7 @@ class DistillationTrainer(Trainer):
             rank=self.args.process_index,
         )
 
-    def _token_loader(self, dataset: Any, batches: _Epochs) -> DataLoader[Any]:
+    def _loader(self, dataset: Any, batches: _Epochs | _Shared) -> DataLoader[Any]:
         return DataLoader(
             dataset,
             batch_sampler=batches,
@@ -287,7 +298,7 @@ class DistillationTrainer(Trainer):
 
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        state = _untied(state_dict or self.distilled.state_dict())
+        state = _untied(self.distilled.state_dict() if state_dict is None else state_dict)
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -336,6 +347,31 @@ class _Epochs:
             self.epochs += 1.0 if used == len(drawn) else used / len(drawn)
             if used < len(drawn):
                 break
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._all)
+
+
+class _Shared:
+    """Batches of held-out data, dealt out to processes.
+
+    All processes get equally many, as sharded weights are gathered in each forward. Who has one batch fewer takes
+    another over again, after its own.
+
+    Args:
+        batches: at least one.
+        num_processes: how many share them.
+        rank: which of them this is.
+    """
+
+    def __init__(self, batches: Sequence[list[int]], num_processes: int, rank: int) -> None:
+        mine = list(batches[rank::num_processes])
+        self.own = len(mine)
+        """how many count"""
+        self._all = mine + [batches[0]] * (math.ceil(len(batches) / num_processes) - len(mine))
 
     def __len__(self) -> int:
         return len(self._all)
