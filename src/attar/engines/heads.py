@@ -99,14 +99,6 @@ def head_of(model: Any, tokenizer: Any = None) -> Head:
     )
 
 
-def decoder_path(model: Any) -> str:
-    """The path of the module that ``hidden_states`` calls, counted from ``plain_model``: what taps have to know."""
-    plain = plain_model(model)
-    decoder = plain.get_decoder()
-    path: str = next(name for name, module in plain.named_modules() if module is decoder)
-    return path
-
-
 def hidden_states(model: Any, **inputs: Any) -> Tensor:
     """The states at the head's input.
 
@@ -120,6 +112,14 @@ def hidden_states(model: Any, **inputs: Any) -> Tensor:
     decoder = plain_model(model).get_decoder()
     states: Tensor = decoder(**{"use_cache": False, **inputs}).last_hidden_state
     return states
+
+
+def decoder_path(model: Any) -> str:
+    """The dotted path of the part of ``plain_model(model)`` that ``hidden_states`` calls: "model" of most."""
+    plain = plain_model(model)
+    decoder = plain.get_decoder()
+    path: str = next(name for name, module in plain.named_modules() if module is decoder)
+    return path
 
 
 def check_head(model: Any, tokenizer: Any) -> float:

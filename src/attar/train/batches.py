@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from attar.signals.language import SignalReader
 from attar.tokens import TokenizedExample
 
-__all__ = ["SIGNAL", "Collator", "Epochs", "TokenBudgetBatches", "TokenizedRows", "collate"]
+__all__ = ["SIGNAL", "Collator", "Epochs", "Shared", "TokenBudgetBatches", "TokenizedRows", "collate"]
 
 SIGNAL = "signal_"
 """batch keys that begin so hold the teacher's cached signals, one row a supervised token of the batch, in order"""
@@ -167,14 +167,52 @@ class TokenBudgetBatches:
 
 
 class Epochs:
-    """The batches of several epochs in a row. A fraction of an epoch is that share of its batches."""
+    """The batches of several epochs in a row, so that the number of an epoch's batches may differ.
 
-    def __init__(self, batches: TokenBudgetBatches, epochs: float) -> None:
+    Args:
+        batches: of one epoch.
+        epochs: how many; a fraction of an epoch is that share of its batches.
+        total: in place of ``epochs``, how many batches in all.
+    """
+
+    def __init__(self, batches: TokenBudgetBatches, epochs: float, total: int | None = None) -> None:
         self._all: list[list[int]] = []
-        for epoch in range(math.ceil(epochs)):
-            batches.set_epoch(epoch)
+        self.epochs = 0.0
+        """as many as there are batches for"""
+        while self.epochs < epochs if total is None else len(self._all) < total:
+            batches.set_epoch(int(self.epochs))
             drawn = list(batches)
-            self._all += drawn[: max(1, round(min(1.0, epochs - epoch) * len(drawn)))]
+            used = round(min(1.0, epochs - self.epochs) * len(drawn)) if total is None else total - len(self._all)
+            used = min(max(1, used), len(drawn))
+            self._all += drawn[:used]
+            self.epochs += 1.0 if used == len(drawn) else used / len(drawn)
+            if used < len(drawn):
+                break
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._all)
+
+
+class Shared:
+    """Batches of held-out data, dealt out to processes.
+
+    All processes get equally many, as sharded weights are gathered in each forward. Who has one batch fewer takes
+    another over again, after its own.
+
+    Args:
+        batches: at least one.
+        num_processes: how many share them.
+        rank: which of them this is.
+    """
+
+    def __init__(self, batches: Sequence[list[int]], num_processes: int, rank: int) -> None:
+        mine = list(batches[rank::num_processes])
+        self.own = len(mine)
+        """how many count"""
+        self._all = mine + [batches[0]] * (math.ceil(len(batches) / num_processes) - len(mine))
 
     def __len__(self) -> int:
         return len(self._all)

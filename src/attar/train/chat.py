@@ -222,11 +222,12 @@ def fit(recipe: ChatRecipe, run: Run, arm: str, seed: int) -> None:
             raise
         named = ", ".join(recipe.train.report_to)
         raise MissingExtra(f"train.report_to: {named}: {' '.join(str(error).split())}") from error
-    _pace(recipe, arguments, arguments.max_steps)
+    steps = trainer.total_steps
+    _pace(recipe, arguments, steps)
     run.progress.note(f"  {trainer.real_share:.1%} of the tokens computed are no padding")
     trainer.remove_callback(PrinterCallback)
     start = _resume_from(work, arguments)
-    with track(run.progress, f"training {arm} seed {seed}", arguments.max_steps) as step:
+    with track(run.progress, f"training {arm} seed {seed}", steps) as step:
         trainer.add_callback(_Report(step))
         trainer.train(resume_from_checkpoint=str(start) if start else None)
     final = work / "final"

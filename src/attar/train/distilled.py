@@ -46,6 +46,8 @@ class Distilled(nn.Module):
         super().__init__()
         if not objectives:
             raise ValueError("objectives is empty; give at least one, such as attar.Logit()")
+        if teacher is student:
+            raise ValueError("teacher and student are one module, which is to be frozen and trained; give a copy")
         self.student = student
         self.projectors = nn.ModuleDict()
         self.objectives = tuple(objectives)
@@ -62,14 +64,26 @@ class Distilled(nn.Module):
         """The live teacher."""
         return self._outside[0]
 
-    @teacher.setter
-    def teacher(self, module: nn.Module) -> None:
+    def place_teacher(self, module: nn.Module) -> None:
+        """Put the same teacher, moved or wrapped, in its place. An assignment would make it a part of this module."""
         self._outside = (module,)
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """As of the student, for the Trainer; the teacher keeps nothing for a backward pass anyway."""
+        student: Any = self.student
+        student.activation_checkpointing_enable(**options)
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """The same under its name before transformers 5.23."""
+        student: Any = self.student
+        student.gradient_checkpointing_enable(**options)
 
     def probe(self, batch: Batch, seed: int) -> None:
         """Build the projectors that objectives need, from the shapes that one batch gives."""
         if not self._pairs:
             return
+        device = next(self.student.parameters()).device
+        batch = {key: value.to(device) for key, value in batch.items()}
         pairs = [pair for matched in self._pairs.values() for pair in matched]
         losses = [self.objectives[n].function for n, matched in self._pairs.items() for _ in matched]  # type: ignore[union-attr]
         training = self.student.training
@@ -95,19 +109,20 @@ class Distilled(nn.Module):
             batch: the student's inputs, and the targets.
             denominators: [objectives], what each sum is divided by: the supervised items of the whole optimiser step,
                 so that neither accumulation nor the number of processes changes the gradient; None for this batch's.
-            only: the number of the one objective to compute; None for all.
+            only: the number of the one objective to compute, without its weight; None for all.
 
         Raises:
             CapabilityError: an objective needs the teacher, and there is neither a teacher nor its signal.
         """
-        chosen = tuple(range(len(self.objectives))) if only is None else (only,)
+        chosen = {n: o.weight for n, o in enumerate(self.objectives)} if only is None else {only: 1.0}
         features = [number for number in chosen if number in self._pairs]
         with self._tapped(self.student, 0, features) as ours, self._tapped(self.teacher, 1, features) as theirs:
             outputs = self._run(batch)
-            total, values = self._on_outputs(batch, outputs, [n for n in chosen if n not in self._pairs], denominators)
+            on_outputs = {n: weight for n, weight in chosen.items() if n not in self._pairs}
+            total, values = self._on_outputs(batch, outputs, on_outputs, denominators)
             for number in features:
                 value = self._feature(number, batch, ours, theirs, _at(denominators, number))
-                total, values[number] = total + self.objectives[number].weight * value, value.detach()
+                total, values[number] = total + chosen[number] * value, value.detach()
         zero = total.new_zeros(())
         return Values(total, torch.stack([values.get(n, zero).to(total.dtype) for n in range(len(self.objectives))]))
 
@@ -121,9 +136,9 @@ class Distilled(nn.Module):
 
     @abstractmethod
     def _on_outputs(
-        self, batch: Batch, outputs: Any, chosen: Sequence[int], denominators: Tensor | None
+        self, batch: Batch, outputs: Any, chosen: Mapping[int, float], denominators: Tensor | None
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """The weighted sum of the objectives on outputs, and each one's value, detached."""
+        """The weighted sum of the chosen objectives (number -> weight), and each one's value, detached."""
 
     @abstractmethod
     def _rows(self, batch: Batch, values: Tensor) -> Tensor:
@@ -141,11 +156,6 @@ class Distilled(nn.Module):
     def _inner(self, module: nn.Module) -> nn.Module:
         """The module that paths count from."""
         return module
-
-    def _called(self, module: nn.Module) -> str:
-        """The path of the inner module that a forward calls; empty for the module itself."""
-        del module
-        return ""
 
     def _matched(self, feature: Feature) -> list[tuple[str, str]]:
         """A feature's pairs, with globs resolved: as many matches on both sides, in order."""
@@ -165,9 +175,11 @@ class Distilled(nn.Module):
         """Taps on the layers that these objectives (None: all) read of a side; nothing where there are none."""
         wanted = self._pairs if numbers is None else {number: self._pairs[number] for number in numbers}
         paths = list(dict.fromkeys(pair[side] for matched in wanted.values() for pair in matched))
-        if module is None or not paths:
-            return _Nothing()
-        return Taps(self._inner(module), paths, called=self._called(module))
+        return self._taps(module, paths) if module is not None and paths else _Nothing()
+
+    def _taps(self, module: nn.Module, paths: Sequence[str]) -> Taps:
+        """Taps on a side as it is called."""
+        return Taps(self._inner(module), paths)
 
     def _feature(
         self, number: int, batch: Batch, ours: Taps, theirs: Taps | None, denominator: Tensor | None
@@ -197,6 +209,8 @@ class AnyModule(Distilled):
     def supervised(self, batch: Batch) -> list[Tensor]:
         """Examples: those that the objective says; all for features."""
         everything = torch.ones(len(next(iter(batch.values()))), dtype=torch.bool)
+        for objective in self.objectives:
+            _check_targets(objective, batch, live=self.teacher is not None)
         return [everything if isinstance(o, Feature) else o.supervised(batch) for o in self.objectives]
 
     def _run(self, batch: Batch) -> tuple[Any, Any]:
@@ -208,7 +222,7 @@ class AnyModule(Distilled):
         return self.student(**inputs), answers
 
     def _on_outputs(
-        self, batch: Batch, outputs: Any, chosen: Sequence[int], denominators: Tensor | None
+        self, batch: Batch, outputs: Any, chosen: Mapping[int, float], denominators: Tensor | None
     ) -> tuple[Tensor, dict[int, Tensor]]:
         values: dict[int, Tensor] = {}
         total = torch.zeros((), device=next(self.student.parameters()).device)
@@ -217,15 +231,15 @@ class AnyModule(Distilled):
         logits = _logits(outputs[0], "student")
         if outputs[1] is not None:
             batch = {**batch, TEACHER: _logits(outputs[1], "teacher")}
-        for number in chosen:
+        for number, weight in chosen.items():
             objective = self.objectives[number]
             assert isinstance(objective, Objective)
-            _check_targets(objective, batch)
+            _check_targets(objective, batch, live=False)
             mask, denominator = objective.supervised(batch), _at(denominators, number)
             if denominator is None and not bool(mask.any()):
                 continue
             value = masked_mean(objective.values(logits, batch), mask, denominator)
-            total, values[number] = total + objective.weight * value, value.detach()
+            total, values[number] = total + weight * value, value.detach()
         return total, values
 
     def _rows(self, batch: Batch, values: Tensor) -> Tensor:
@@ -273,12 +287,20 @@ def _logits(outputs: Any, side: str) -> Tensor:
             f"the {side} returned {type(outputs).__name__} without logits; return a tensor, or an object or mapping "
             "with logits, or use feature objectives only"
         )
-    return found.flatten(0, -2)
+    if found.dim() != 2:
+        raise CapabilityError(
+            f"the {side} returned logits of shape {tuple(found.shape)}; wanted [examples, classes]: pool or flatten "
+            "them in the module, and its targets alike"
+        )
+    return found
 
 
-def _check_targets(objective: Objective, batch: Batch) -> None:
+def _check_targets(objective: AnyObjective, batch: Batch, *, live: bool) -> None:
+    """Raise unless a batch holds what an objective compares with, or a live teacher will say it."""
     gold = isinstance(objective, Response) and objective.labels == "gold"
-    if isinstance(objective, Response | Logit) and (LABELS if gold else TEACHER) not in batch:
+    if not isinstance(objective, Response | Logit) or (live and not gold):
+        return
+    if (LABELS if gold else TEACHER) not in batch:
         raise CapabilityError(
             f"the objective {objective.name!r} needs {LABELS if gold else TEACHER!r} in its batches"
             + ("" if gold else ", or a teacher")

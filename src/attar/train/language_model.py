@@ -16,6 +16,7 @@ from attar.taps import Taps
 from attar.train.batches import SIGNAL
 from attar.train.distilled import Batch, Distilled
 from attar.train.objectives import AnyObjective, Logit, Response
+from attar.train.sharding import whole, whole_in_forward
 
 __all__ = ["SUPERVISED", "LanguageModel", "is_language_model"]
 
@@ -24,9 +25,14 @@ SUPERVISED = "supervised"
 
 
 def is_language_model(module: nn.Module) -> bool:
-    """Whether a module is a causal language model whose head can be told from its decoder."""
+    """Whether a module is a causal language model whose head can be told from its decoder.
+
+    A masked one shows a head as well, but cannot generate; an encoder-decoder reads two inputs.
+    """
     plain = plain_model(module)
-    return hasattr(plain, "get_decoder") and getattr(plain, "get_output_embeddings", lambda: None)() is not None
+    if not (hasattr(plain, "get_decoder") and hasattr(plain, "can_generate") and plain.can_generate()):
+        return False
+    return plain.get_output_embeddings() is not None and not plain.config.is_encoder_decoder
 
 
 class _States(nn.Module):
@@ -36,6 +42,9 @@ class _States(nn.Module):
         super().__init__()
         self.model = model
         self._no_split_modules = getattr(plain_model(model), "_no_split_modules", None)
+
+    def tie_weights(self) -> None:
+        plain_model(self.model).tie_weights()
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return hidden_states(self.model, input_ids=input_ids)
@@ -74,16 +83,21 @@ class LanguageModel(Distilled):
         temperature: float = 1.0,
     ) -> None:
         super().__init__(student, objectives, None if teacher is None else _States(teacher))
-        self._head = head_of(student, tokenizer)
+        self._head = _without_weights(head_of(student, tokenizer))
         self._kept = kept
         self._temperature = temperature
         self._teacher_model = (teacher,)
         # Once: the size of a tokenizer's vocabulary takes longer to count than a chunk of tokens takes.
-        found = head_of(teacher, tokenizer if kept is None else None) if teacher is not None else teacher_head
-        self._teacher_head = found
+        if teacher is not None:
+            teacher_head = _without_weights(head_of(teacher, tokenizer if kept is None else None))
+        self._teacher_head = teacher_head
         # What accelerate reads to find the layers that FSDP wraps.
         self._no_split_modules = getattr(plain_model(student), "_no_split_modules", None)
         self.config = getattr(student, "config", None)
+
+    def tie_weights(self) -> None:
+        """Make tied weights one tensor again, which FSDP2 calls after it has loaded them from one process."""
+        plain_model(self.student).tie_weights()
 
     def supervised(self, batch: Batch) -> list[Tensor]:
         """The supervised tokens, the same for every objective."""
@@ -98,8 +112,9 @@ class LanguageModel(Distilled):
         inner: nn.Module = plain_model(module.model if isinstance(module, _States) else module)
         return inner
 
-    def _called(self, module: nn.Module) -> str:
-        return decoder_path(self._inner(module))
+    def _taps(self, module: nn.Module, paths: Sequence[str]) -> Taps:
+        model = module.model if isinstance(module, _States) else module
+        return Taps(self._inner(module), paths, called=decoder_path(model))
 
     def _run(self, batch: Batch) -> _Outputs:
         mask = batch[SUPERVISED][:, 1:]
@@ -114,27 +129,28 @@ class LanguageModel(Distilled):
         return _Outputs(hidden_states(self.student, input_ids=ids)[:, :-1][mask], teacher)
 
     def _on_outputs(
-        self, batch: Batch, outputs: _Outputs, chosen: Sequence[int], denominators: Tensor | None
+        self, batch: Batch, outputs: _Outputs, chosen: Mapping[int, float], denominators: Tensor | None
     ) -> tuple[Tensor, dict[int, Tensor]]:
         if not chosen:
             return outputs.states.new_zeros(()), {}
         targets = batch["input_ids"][:, 1:][batch[SUPERVISED][:, 1:]]
         terms = []
-        for number in chosen:
+        for number, weight in chosen.items():
             denominator = None if denominators is None else denominators[number].clamp(min=1)
-            terms.append(self._term(self.objectives[number], batch, outputs, targets, denominator))
+            common = {"denominator": denominator, "coefficient": weight}
+            terms.append(self._term(self.objectives[number], batch, outputs, targets, common))
         loss = projected_loss(outputs.states, self._whole_head(), terms)
         return loss.total, dict(zip(chosen, loss.terms, strict=True))
 
     def _whole_head(self) -> Head:
         """The student's head with the weights of this forward: FSDP2 puts whole ones in the sharded ones' place."""
         layer = plain_model(self.student).get_output_embeddings()
-        return replace(self._head, weight=_whole(layer.weight), bias=None if layer.bias is None else _whole(layer.bias))
+        bias = None if layer.bias is None else whole_in_forward(layer.bias)
+        return replace(self._head, weight=whole_in_forward(layer.weight), bias=bias)
 
     def _term(
-        self, objective: AnyObjective, batch: Batch, outputs: _Outputs, targets: Tensor, denominator: Tensor | None
+        self, objective: AnyObjective, batch: Batch, outputs: _Outputs, targets: Tensor, common: Mapping[str, Any]
     ) -> Term:
-        common: dict[str, Any] = {"denominator": denominator, "coefficient": objective.weight}
         if isinstance(objective, Response):
             return CrossEntropyTerm(targets, **common)
         if not isinstance(objective, Logit):
@@ -149,6 +165,11 @@ class LanguageModel(Distilled):
     def _cached(self, divergence: Divergence, batch: Batch, common: Mapping[str, Any]) -> Term:
         signal = {key.removeprefix(SIGNAL): value for key, value in batch.items() if key.startswith(SIGNAL)}
         stored = {"temperature": self._temperature, **common}
+        if self._kept is not None and "ids" in signal:
+            raise CapabilityError(
+                "the cached signal names tokens of the teacher's whole vocabulary, of which the student has a part; "
+                "use signals of kind hidden, or a live teacher"
+            )
         if "states" in signal:
             return DivergenceTerm(divergence, signal["states"], self._teachers_head(), **common)
         if "entropy" in signal:
@@ -167,7 +188,7 @@ class LanguageModel(Distilled):
         model = self._teacher_model[0]
         if model is not None:
             layer = plain_model(model).get_output_embeddings()
-            head = replace(head, weight=_whole(layer.weight), bias=None if layer.bias is None else _whole(layer.bias))
+            head = replace(head, weight=whole(layer.weight), bias=None if layer.bias is None else whole(layer.bias))
         if self._kept is None:
             return head
         kept = self._kept.to(head.weight.device)
@@ -192,8 +213,7 @@ class LanguageModel(Distilled):
         return layer[:, :-1][batch[SUPERVISED][:, 1:]] if layer.dim() == 3 and 2 in ranks else layer
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that FSDP2 may have sharded; its gradient goes back to the shards."""
-    full = getattr(tensor, "full_tensor", None)
-    whole: Tensor = tensor if full is None else full()
-    return whole
+def _without_weights(head: Head) -> Head:
+    """The shape of a head alone: its weights are read anew in each forward, and would not be freed once sharded."""
+    bias = None if head.bias is None else head.bias.detach().to("meta")
+    return replace(head, weight=head.weight.detach().to("meta"), bias=bias)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import copy
+import itertools
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers.utils import strtobool
 
 from attar.errors import TrainingError
-from attar.train.batches import Epochs, TokenBudgetBatches
+from attar.train.batches import Epochs, Shared, TokenBudgetBatches
 from attar.train.distilled import AnyModule, Distilled
 from attar.train.language_model import LanguageModel, is_language_model
-from attar.train.objectives import AnyObjective
+from attar.train.objectives import AnyObjective, Feature
+from attar.train.sharding import check_launch, is_sharded, spread_teacher
 
 __all__ = ["DistillationTrainer", "last_checkpoint"]
 
@@ -62,32 +67,41 @@ class DistillationTrainer(Trainer):
         else:
             kind: type[Distilled] = LanguageModel if is_language_model(model) else AnyModule
             distilled = kind(model, objectives or (), teacher)
+        for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name} is given, and evaluate() gives the objectives' values alone; call trainer.student for "
+                    "anything else, in a callback perhaps"
+                )
         args = args or TrainingArguments()
         # Which columns are used is for the objectives to say.
         args.remove_unused_columns = False
         args.logging_nan_inf_filter = False
-        if args.gradient_checkpointing:
-            # The wrapper has no such method; and the teacher keeps nothing for a backward pass anyway.
-            student: Any = distilled.student
-            student.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
-            args.gradient_checkpointing = False
         super().__init__(model=distilled, args=args, data_collator=data_collator or default_data_collator, **kwargs)
         self.objectives = distilled.objectives
         self.loss_is_scaled_for_ga = True
         self.distilled = distilled
-        self._logged: dict[str, list[float]] = {}
-        lengths = getattr(self.train_dataset, "lengths", None)
-        if lengths is not None and args.max_steps <= 0:
-            # The loader gives the batches of all epochs in a row, as their number differs.
-            args.max_steps = math.ceil(len(self.get_train_dataloader()) / args.gradient_accumulation_steps)
+        # Since the last log: each objective's share of this process, summed over steps, and how many these are.
+        self._sums = torch.zeros(len(self.objectives), dtype=torch.float64)
+        self._steps = 0
+        self._all_batches: Epochs | None = None
         self._names = _unique([objective.name for objective in self.objectives])
-        if self.train_dataset is not None:
-            distilled.probe(self._prepare_inputs(self.data_collator([self.train_dataset[0]])), args.seed)
-        if distilled.teacher is not None:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                distilled.teacher = self.accelerator.prepare_model(distilled.teacher, evaluation_mode=True)
-            else:
-                distilled.teacher = distilled.teacher.to(args.device)
+        check_launch(self.accelerator, asked_fsdp=strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false")))
+        # Shapes are asked of whole models: before the teacher is sharded, after both are on one device.
+        sharded = is_sharded(self.accelerator)
+        if distilled.teacher is not None and not sharded:
+            distilled.place_teacher(spread_teacher(self.accelerator, distilled.teacher))
+        if self.train_dataset is not None and any(isinstance(objective, Feature) for objective in self.objectives):
+            distilled.probe(self.data_collator([next(iter(self.train_dataset))]), args.seed)
+        if distilled.teacher is not None and sharded:
+            distilled.place_teacher(spread_teacher(self.accelerator, distilled.teacher))
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps that ``train()`` will take, of batches by tokens; ``args.max_steps`` else."""
+        if getattr(self.train_dataset, "lengths", None) is None:
+            return int(self.args.max_steps)
+        return -(-len(self.get_train_dataloader()) // int(self.args.gradient_accumulation_steps))
 
     @property
     def real_share(self) -> float:
@@ -107,6 +121,7 @@ class DistillationTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """Items that each objective supervises in this optimiser step on all processes, [objectives]."""
+        self._steps += 1
         counts = torch.zeros(len(self.objectives), dtype=torch.long, device=device)
         for batch in batch_samples:
             counts += torch.stack([mask.sum().to(device) for mask in self.distilled.supervised(batch)])
@@ -130,8 +145,7 @@ class DistillationTrainer(Trainer):
                 f"checkpoint in {self.args.output_dir} is kept. Lower train.learning_rate or train in float32"
             )
         if model.training:
-            for name, value in zip(self._names, values.each.tolist(), strict=True):
-                self._logged.setdefault(name, []).append(value)
+            self._sums += values.each.double().cpu()
         # DDP and FSDP average the gradients of the processes, and the denominators already count all of them.
         processes = self.args.world_size if num_items_in_batch is not None else 1
         loss = total * processes if processes > 1 else total
@@ -148,58 +162,93 @@ class DistillationTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The loss on held-out data: true means over all its items, however it is cut into batches."""
+        """The loss on held-out data: true means over all its items, however it is cut into batches.
+
+        Random numbers are left as they were, so that training goes on as it would have without.
+        """
         del ignore_keys
-        model = self.accelerator.unwrap_model(self.model) if self.args.world_size == 1 else self.model_wrapped
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict):
+            each = [self.evaluate(d, metric_key_prefix=f"{metric_key_prefix}_{name}") for name, d in dataset.items()]
+            return {name: value for metrics in each for name, value in metrics.items()}
+        with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+            metrics = self._losses(dataset, metric_key_prefix)
+            if len(self.objectives) > 1 and self.is_in_train:
+                metrics |= self._gradient_norms()
+        self.log(metrics)
+        control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
+        self.control = control
+        return metrics
+
+    def _losses(self, dataset: Any, prefix: str) -> dict[str, float]:
+        """The weighted sum and each objective's mean."""
+        model = self.model_wrapped
+        if is_sharded(self.accelerator) and model is self.distilled and not isinstance(model, FSDPModule):
+            raise TrainingError("evaluate() is called before train(), which shards the student; call it after")
         training = model.training
         model.eval()
         sums = torch.zeros(len(self.objectives), dtype=torch.float64)
         counts = torch.zeros_like(sums)
+        loader = self.get_eval_dataloader(dataset)
+        shared: Any = loader.batch_sampler
         with torch.no_grad():
-            for raw in self.get_eval_dataloader(eval_dataset):
+            for number, raw in enumerate(loader):
                 batch = self._prepare_inputs(raw)
                 # A denominator of 1 gives sums.
                 ones = torch.ones(len(self.objectives), device=self.args.device)
-                sums += model(batch, ones).each.double().cpu()
-                counts += torch.tensor([float(mask.sum()) for mask in self.distilled.supervised(batch)])
+                values = model(batch, ones).each
+                if number < shared.own:
+                    sums += values.double().cpu()
+                    counts += torch.tensor([float(mask.sum()) for mask in self.distilled.supervised(batch)])
         if self.args.world_size > 1:
             both = torch.stack([sums, counts])[None].to(self.args.device)
             sums, counts = self.accelerator.gather(both).sum(0).cpu()
         model.train(training)
         means = sums / counts.clamp(min=1)
         weights = torch.tensor([objective.weight for objective in self.objectives], dtype=torch.float64)
-        metrics = {f"{metric_key_prefix}_loss": float((weights * means).sum())}
-        metrics |= {f"{metric_key_prefix}_{n}": float(v) for n, v in zip(self._names, means, strict=True)}
-        if len(self.objectives) > 1 and self.is_in_train:
-            metrics |= self._gradient_norms()
-        self.log(metrics)
-        control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
-        self.control = control
-        return metrics
+        metrics = {f"{prefix}_loss": float((weights * means).sum())}
+        return metrics | {f"{prefix}_{n}": float(v) for n, v in zip(self._names, means, strict=True)}
 
     def gradient_norms(self, batch: dict[str, Tensor]) -> dict[str, float]:
-        """The norm of each objective's gradient on one batch, over all trained parameters, without its weight."""
+        """The norm of each objective's gradient on one batch, over all trained parameters, without its weight.
+
+        In eval mode, so that dropout does not differ among objectives and no running mean is moved.
+        """
         parameters = [p for p in self.distilled.parameters() if p.requires_grad]
+        inputs = self._prepare_inputs(batch)
         norms = {}
-        for number, (name, objective) in enumerate(zip(self._names, self.objectives, strict=True)):
-            total = self.distilled(self._prepare_inputs(batch), None, number).total / objective.weight
+        training = self.distilled.training
+        self.distilled.eval()
+        for number, name in enumerate(self._names):
+            total = self.distilled(inputs, None, number).total
             gradients = torch.autograd.grad(total, parameters, allow_unused=True)
             norms[name] = float(torch.stack([g.double().norm() for g in gradients if g is not None]).norm())
+        self.distilled.train(training)
         return norms
 
     def _gradient_norms(self) -> dict[str, float]:
         """The same for the first batch of the data; sharded weights show no gradients on the side."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return {}
-        norms = self.gradient_norms(next(iter(self.get_train_dataloader())))
+        # By hand: a loader of the Trainer's would count as one of training's.
+        if self._all_batches is not None:
+            rows = [self.train_dataset[row] for row in next(iter(self._all_batches))]
+        else:
+            rows = list(itertools.islice(iter(self.train_dataset), self.args.per_device_train_batch_size))
+        norms = self.gradient_norms(self.data_collator(rows))
         return {f"gradient_{name}": value for name, value in norms.items()}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log each objective on its own, as the mean over the steps since the last log."""
         if "loss" in logs:
-            steps = self.args.gradient_accumulation_steps
-            logs |= {f"loss_{name}": steps * sum(v) / len(v) for name, v in self._logged.items() if v}
-            self._logged = {}
+            sums = self._sums
+            if self.args.world_size > 1:
+                sums = self.accelerator.gather(sums[None].to(self.args.device)).sum(0).cpu()
+            means = (sums / max(1, self._steps)).tolist()
+            logs |= {f"loss_{name}": mean for name, mean in zip(self._names, means, strict=True)}
+            self._sums, self._steps = torch.zeros_like(self._sums), 0
+        if self._all_batches is not None and self.state.max_steps > 0:
+            self.state.epoch = self._all_batches.epochs * self.state.global_step / self.state.max_steps
         super().log(logs, *args, **kwargs)
 
     # Batches by a budget of tokens
@@ -209,27 +258,49 @@ class DistillationTrainer(Trainer):
         lengths = getattr(self.train_dataset, "lengths", None)
         if lengths is None:
             return super().get_train_dataloader()  # type: ignore[no-any-return]
-        return self._token_loader(self.train_dataset, lengths, shuffled=True)
+        args = self.args
+        for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+            if getattr(args, name) == "epoch":
+                raise ValueError(
+                    f"{name} is epoch, and batches of equally many tokens run through epochs without a stop, as they "
+                    "are not as many in each; set it to steps"
+                )
+        batches = self._token_batches(self.train_dataset, lengths)
+        micro_batches = args.max_steps * args.gradient_accumulation_steps if args.max_steps > 0 else None
+        self._all_batches = Epochs(batches, args.num_train_epochs, micro_batches)
+        return self._loader(self.train_dataset, self._all_batches)
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
+        """As the Trainer's; batches by tokens are all epochs' in a row."""
+        if self._all_batches is not None:
+            args = copy.copy(args)
+            args.num_train_epochs = 1
+        return super().set_initial_training_values(args, dataloader)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """By a budget of tokens where the dataset knows its lengths, else the Trainer's."""
+        """Batches that are the same on any number of processes: by a budget of tokens, or of so many rows, in order."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         lengths = getattr(dataset, "lengths", None)
-        if lengths is None:
-            return super().get_eval_dataloader(eval_dataset)  # type: ignore[no-any-return]
-        return self._token_loader(dataset, lengths, shuffled=False)
+        if lengths is not None:
+            batches = list(TokenBudgetBatches(lengths, dataset.tokens_per_batch, seed=self.args.seed))
+        else:
+            size = self.args.eval_batch_size
+            batches = [list(range(len(dataset)))[start : start + size] for start in range(0, len(dataset), size)]
+        return self._loader(dataset, Shared(batches, self.args.world_size, self.args.process_index))
 
-    def _token_loader(self, dataset: Any, lengths: Sequence[int], *, shuffled: bool) -> DataLoader[Any]:
-        batches = TokenBudgetBatches(
+    def _token_batches(self, dataset: Any, lengths: Sequence[int]) -> TokenBudgetBatches:
+        return TokenBudgetBatches(
             lengths,
             dataset.tokens_per_batch,
             seed=self.args.seed,
             num_processes=self.args.world_size,
             rank=self.args.process_index,
         )
+
+    def _loader(self, dataset: Any, batches: Epochs | Shared) -> DataLoader[Any]:
         return DataLoader(
             dataset,
-            batch_sampler=Epochs(batches, self.args.num_train_epochs if shuffled else 1),
+            batch_sampler=batches,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
@@ -244,28 +315,47 @@ class DistillationTrainer(Trainer):
 
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        seen: set[tuple[int, torch.Size]] = set()
-        state = {}
-        for name, tensor in (state_dict or self.distilled.state_dict()).items():
-            place = (tensor.data_ptr(), tensor.shape)
-            if place not in seen or tensor.numel() == 0:
-                seen.add(place)
-                state[name] = tensor.contiguous()
+        state = _untied(self.distilled.state_dict() if state_dict is None else state_dict)
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            raise _another_model(resume_from_checkpoint, str(error).splitlines()[-1].strip()) from error
+
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Tied weights are stored once, so the others are missing by design; anything unexpected is an error."""
+        """Tied weights are stored once, so the others are missing by design; all else is an error."""
+        folder = self.args.output_dir
+        missing = [key for key in _untied(self.distilled.state_dict()) if key in load_result.missing_keys]
         if load_result.unexpected_keys:
-            raise TrainingError(
-                f"the checkpoint holds weights that this model does not have ({load_result.unexpected_keys[0]}, ...): "
-                "it is of another recipe; delete it or train in another folder"
-            )
+            raise _another_model(folder, f"it holds {load_result.unexpected_keys[0]}, which this model does not have")
+        if missing:
+            raise _another_model(folder, f"it does not hold {missing[0]}, which this model has")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             (folder / COMPLETE).touch()
+
+
+def _untied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights by name, those that are one tensor under several names once."""
+    seen: set[tuple[int, torch.Size]] = set()
+    once = {}
+    for name, tensor in state.items():
+        place = (tensor.data_ptr(), tensor.shape)
+        if place not in seen or tensor.numel() == 0:
+            seen.add(place)
+            once[name] = tensor.contiguous()
+    return once
+
+
+def _another_model(folder: Any, why: str) -> TrainingError:
+    return TrainingError(f"the checkpoint in {folder} is of another model: {why}; delete it or train in another folder")
 
 
 def _unique(names: Sequence[str]) -> list[str]:
