@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from attar.signals.language import SignalReader
 from attar.tokens import TokenizedExample
 
-__all__ = ["SIGNAL", "Collator", "TokenBudgetBatches", "TokenizedRows", "collate"]
+__all__ = ["SIGNAL", "Collator", "SharedBatches", "TokenBudgetBatches", "TokenizedRows", "collate"]
 
 SIGNAL = "signal_"
 """batch keys that begin so hold the teacher's cached signals, one row a supervised token of the batch, in order"""
@@ -161,6 +161,31 @@ class TokenBudgetBatches:
                 longest = self.lengths[row]
             batches[-1].append(row)
         return batches
+
+
+class SharedBatches:
+    """Batches of held-out data, dealt out to processes: the same batches on any number of them.
+
+    All processes get equally many, as sharded weights are gathered in each forward. Who has one fewer takes the first
+    over again, after its own.
+
+    Args:
+        batches: row numbers; at least one.
+        num_processes: how many share them.
+        rank: which of them this is.
+    """
+
+    def __init__(self, batches: Sequence[list[int]], num_processes: int = 1, rank: int = 0) -> None:
+        mine = list(batches[rank::num_processes])
+        self.own = len(mine)
+        """how many count"""
+        self._all = mine + [batches[0]] * (-(-len(batches) // num_processes) - len(mine))
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._all)
 
 
 def collate(rows: Sequence[tuple[int, TokenizedExample]], pad_token_id: int) -> dict[str, Tensor]:
