@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from attar.signals.language import SignalKind, SignalReader, ask, keep_head
@@ -43,6 +43,8 @@ class Case:
     """name of the run whose checkpoint this one goes on from"""
     plugin: dict | None = None
     """more settings of FSDP"""
+    half: bool = False
+    """mixed precision, as accelerate sets it for FSDP"""
 
 
 class Tokenizer:
@@ -101,7 +103,7 @@ class Kept(TrainerCallback):
         self.logs.append({"step": state.global_step, **logs})
 
 
-def open_fsdp(settings):
+def open_fsdp(settings, half):
     """accelerate opens FSDP for accelerators alone; of a CPU it makes DDP. Nothing else of it differs."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.state import PartialState
@@ -110,6 +112,8 @@ def open_fsdp(settings):
     state = Accelerator(cpu=True).state
     settings = {"auto_wrap_policy": "transformer_based_wrap", "state_dict_type": "FULL_STATE_DICT", **(settings or {})}
     state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **settings)
+    if half:
+        state.fsdp_plugin.set_mixed_precision("bf16")
     state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
 
 
@@ -136,7 +140,7 @@ def run(folder: Path, case: Case) -> None:
         seed=3,
     )
     if case.launch.startswith("fsdp"):
-        open_fsdp(case.plugin)
+        open_fsdp(case.plugin, case.half)
     examples = rows(5, 176)
     reader = None
     if case.source == "hidden":
@@ -160,15 +164,17 @@ def run(folder: Path, case: Case) -> None:
     resume = None if case.resume is None else str(folder / case.resume / "checkpoint-10")
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(out / "last"))
+    state = trainer.student_state_dict()
     if trainer.args.process_index == 0:
+        save_file({name: tensor.clone() for name, tensor in state.items()}, out / "student.safetensors")
         (out / "logs.json").write_text(json.dumps(kept.logs))
 
 
 def read(folder, name):
-    """Final weights, and the logs by step."""
+    """Final weights, the student's alone, and what was logged."""
     out = folder / name
     logs = json.loads((out / "logs.json").read_text())
-    return load_file(out / "last" / "model.safetensors"), logs
+    return load_file(out / "last" / "model.safetensors"), load_file(out / "student.safetensors"), logs
 
 
 def member(folder, case, rank, port):

@@ -168,7 +168,8 @@ def _one_batch(
         name = objective.name if counts[objective.name] == 1 else f"{objective.name}_{counts[objective.name]}"
         values = model(batch, None, number)
         gradients = torch.autograd.grad(values.total, parameters, allow_unused=True)
-        norms[name] = float(torch.stack([g.double().norm() for g in gradients if g is not None]).norm())
+        norm = float(torch.stack([g.double().norm() for g in gradients if g is not None]).norm())
+        norms[name] = objective.weight * norm
         yield Finding(
             "ok", f"{name}: {float(values.each[number]):.3g} at the start, weighted gradient {norms[name]:.3g}"
         )

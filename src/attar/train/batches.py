@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterator, Sequence
 
@@ -13,7 +12,7 @@ from torch.utils.data import Dataset
 from attar.signals.language import SignalReader
 from attar.tokens import TokenizedExample
 
-__all__ = ["SIGNAL", "Collator", "Epochs", "Shared", "TokenBudgetBatches", "TokenizedRows", "collate"]
+__all__ = ["SIGNAL", "Collator", "Epochs", "SharedBatches", "TokenBudgetBatches", "TokenizedRows", "collate"]
 
 SIGNAL = "signal_"
 """batch keys that begin so hold the teacher's cached signals, one row a supervised token of the batch, in order"""
@@ -59,7 +58,7 @@ class TokenBudgetBatches:
         seed: of the order; the epoch's number is added to it.
         num_processes: how many processes share an epoch.
         rank: which of them this is.
-        window: about how many batches' rows are sorted together. More pad less, fewer mix more.
+        window: rows that are sorted together. More pad less, fewer mix more.
 
     Raises:
         ValueError: an argument is out of its range, or there are fewer rows than processes.
@@ -73,7 +72,7 @@ class TokenBudgetBatches:
         seed: int,
         num_processes: int = 1,
         rank: int = 0,
-        window: int = 128,
+        window: int = 4096,
     ) -> None:
         if len(lengths) == 0 or min(lengths) < 1:
             raise ValueError(f"lengths holds {len(lengths)} rows, the shortest {min(lengths, default=0)}; wanted >= 1")
@@ -135,10 +134,8 @@ class TokenBudgetBatches:
         order = list(range(len(self.lengths)))
         rng.shuffle(order)
         batches: list[list[int]] = []
-        rows_of_window = max(1, self.window * self.tokens_per_batch * len(order) // sum(self.lengths))
-        for start in range(0, len(order), rows_of_window):
-            rows = order[start : start + rows_of_window]
-            jittered = [(self.lengths[row] * rng.uniform(1, 1 + _JITTER), row) for row in rows]
+        for start in range(0, len(order), self.window):
+            jittered = [(self.lengths[row] * rng.uniform(1, 1 + _JITTER), row) for row in order[start:][: self.window]]
             batches += self._cut([row for _, row in sorted(jittered)])
         rng.shuffle(batches)
         while len(batches) % self.num_processes:
@@ -196,23 +193,23 @@ class Epochs:
         return iter(self._all)
 
 
-class Shared:
-    """Batches of held-out data, dealt out to processes.
+class SharedBatches:
+    """Batches of held-out data, dealt out to processes: the same batches on any number of them.
 
-    All processes get equally many, as sharded weights are gathered in each forward. Who has one batch fewer takes
-    another over again, after its own.
+    All processes get equally many, as sharded weights are gathered in each forward. Who has one fewer takes the first
+    over again, after its own.
 
     Args:
-        batches: at least one.
+        batches: row numbers; at least one.
         num_processes: how many share them.
         rank: which of them this is.
     """
 
-    def __init__(self, batches: Sequence[list[int]], num_processes: int, rank: int) -> None:
+    def __init__(self, batches: Sequence[list[int]], num_processes: int = 1, rank: int = 0) -> None:
         mine = list(batches[rank::num_processes])
         self.own = len(mine)
         """how many count"""
-        self._all = mine + [batches[0]] * (math.ceil(len(batches) / num_processes) - len(mine))
+        self._all = mine + [batches[0]] * (-(-len(batches) // num_processes) - len(mine))
 
     def __len__(self) -> int:
         return len(self._all)

@@ -8,6 +8,7 @@ are not gathered by themselves.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from attar.errors import CapabilityError, UsageError
 
-__all__ = ["check_launch", "is_sharded", "spread_teacher", "whole", "whole_in_forward"]
+__all__ = ["check_launch", "is_sharded", "keep_precision", "spread_teacher", "whole", "whole_in_forward"]
 
 
 def check_launch(accelerator: Any, *, asked_fsdp: bool) -> None:
@@ -39,6 +40,21 @@ def check_launch(accelerator: Any, *, asked_fsdp: bool) -> None:
         raise UsageError(
             f"the launcher asks for FSDP and accelerate runs {accelerator.distributed_type} on "
             f"{accelerator.device.type}, where it does not shard; take FSDP out of its configuration, or launch on GPUs"
+        )
+
+
+def keep_precision(accelerator: Any, *, ids_alone: bool) -> None:
+    """Keep FSDP2's mixed precision to weights and gradients: accelerate has it round the loss too.
+
+    Args:
+        accelerator: accelerate's.
+        ids_alone: whether the student reads token ids, so that all floating-point numbers in a batch are signals of the
+            teacher, which are kept as they are too.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(
+            plugin.mixed_precision_policy, output_dtype=None, cast_forward_inputs=not ids_alone
         )
 
 

@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, default_data_collator
 from transformers.utils import strtobool
 
-from attar.errors import TrainingError
-from attar.train.batches import Epochs, Shared, TokenBudgetBatches
+from attar.errors import DataError, TrainingError
+from attar.train.batches import Epochs, SharedBatches, TokenBudgetBatches
 from attar.train.distilled import AnyModule, Distilled
 from attar.train.language_model import LanguageModel, is_language_model
 from attar.train.objectives import AnyObjective, Feature
-from attar.train.sharding import check_launch, is_sharded, spread_teacher
+from attar.train.sharding import check_launch, is_sharded, keep_precision, spread_teacher
 
 __all__ = ["DistillationTrainer", "last_checkpoint"]
 
@@ -87,6 +87,7 @@ class DistillationTrainer(Trainer):
         self._all_batches: Epochs | None = None
         self._names = _unique([objective.name for objective in self.objectives])
         check_launch(self.accelerator, asked_fsdp=strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false")))
+        keep_precision(self.accelerator, ids_alone=isinstance(distilled, LanguageModel))
         # Shapes are asked of whole models: before the teacher is sharded, after both are on one device.
         sharded = is_sharded(self.accelerator)
         if distilled.teacher is not None and not sharded:
@@ -118,6 +119,15 @@ class DistillationTrainer(Trainer):
     def student(self) -> nn.Module:
         """What is trained, without what is only trained along."""
         return self.distilled.student
+
+    def student_state_dict(self) -> dict[str, Tensor]:
+        """The student's weights, whole, tied ones under each name: on the main process; on others it may be empty.
+
+        Every process has to call it, as sharded weights are gathered.
+        """
+        state = self.accelerator.get_state_dict(self.model_wrapped)
+        prefix = "student."
+        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """Items that each objective supervises in this optimiser step on all processes, [objectives]."""
@@ -278,15 +288,21 @@ class DistillationTrainer(Trainer):
         return super().set_initial_training_values(args, dataloader)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Batches that are the same on any number of processes: by a budget of tokens, or of so many rows, in order."""
+        """Batches that are the same on any number of processes: by a budget of tokens, or of so many rows, in order.
+
+        Raises:
+            DataError: the data is empty or does not say how long it is.
+        """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not hasattr(dataset, "__len__") or len(dataset) == 0:
+            raise DataError("the evaluation data is empty or has no length; give a dataset of one row or more")
         lengths = getattr(dataset, "lengths", None)
         if lengths is not None:
             batches = list(TokenBudgetBatches(lengths, dataset.tokens_per_batch, seed=self.args.seed))
         else:
             size = self.args.eval_batch_size
             batches = [list(range(len(dataset)))[start : start + size] for start in range(0, len(dataset), size)]
-        return self._loader(dataset, Shared(batches, self.args.world_size, self.args.process_index))
+        return self._loader(dataset, SharedBatches(batches, self.args.world_size, self.args.process_index))
 
     def _token_batches(self, dataset: Any, lengths: Sequence[int]) -> TokenBudgetBatches:
         return TokenBudgetBatches(
@@ -297,7 +313,7 @@ class DistillationTrainer(Trainer):
             rank=self.args.process_index,
         )
 
-    def _loader(self, dataset: Any, batches: Epochs | Shared) -> DataLoader[Any]:
+    def _loader(self, dataset: Any, batches: Epochs | SharedBatches) -> DataLoader[Any]:
         return DataLoader(
             dataset,
             batch_sampler=batches,
@@ -315,7 +331,7 @@ class DistillationTrainer(Trainer):
 
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        state = _untied(self.distilled.state_dict() if state_dict is None else state_dict)
+        state = _untied(self.distilled, self.distilled.state_dict() if state_dict is None else state_dict)
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -329,7 +345,9 @@ class DistillationTrainer(Trainer):
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Tied weights are stored once, so the others are missing by design; all else is an error."""
         folder = self.args.output_dir
-        missing = [key for key in _untied(self.distilled.state_dict()) if key in load_result.missing_keys]
+        missing = [
+            key for key in _untied(self.distilled, self.distilled.state_dict()) if key in load_result.missing_keys
+        ]
         if load_result.unexpected_keys:
             raise _another_model(folder, f"it holds {load_result.unexpected_keys[0]}, which this model does not have")
         if missing:
@@ -337,21 +355,36 @@ class DistillationTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        # Every process writes a part.
+        self.accelerator.wait_for_everyone()
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            (folder / COMPLETE).touch()
+            (folder / COMPLETE).write_text(str(self._batches_per_step), "utf-8")
+
+    @property
+    def _batches_per_step(self) -> int:
+        """Batches of one optimiser step on all processes."""
+        return int(self.args.world_size * self.args.gradient_accumulation_steps)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """On another number of processes a step goes on to be the same batches, or the data would be miscounted."""
+        marker = None if checkpoint is None else Path(checkpoint) / COMPLETE
+        then = marker.read_text("utf-8") if marker is not None and marker.exists() else ""
+        now = self._batches_per_step
+        if then and int(then) != now:
+            raise TrainingError(
+                f"a step of {checkpoint} took {then} batches (processes times gradient_accumulation_steps), and one of "
+                f"this run takes {now}; set gradient_accumulation_steps to {int(then) / self.args.world_size:g}, or "
+                f"start so many processes that they divide {then}"
+            )
+        super()._load_optimizer_and_scheduler(checkpoint)
 
 
-def _untied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights by name, those that are one tensor under several names once."""
-    seen: set[tuple[int, torch.Size]] = set()
-    once = {}
-    for name, tensor in state.items():
-        place = (tensor.data_ptr(), tensor.shape)
-        if place not in seen or tensor.numel() == 0:
-            seen.add(place)
-            once[name] = tensor.contiguous()
-    return once
+def _untied(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A module's weights by name, those that are one parameter under several names once."""
+    once = {name for name, _ in module.named_parameters()}
+    again = {name for name, _ in module.named_parameters(remove_duplicate=False)} - once
+    return {name: tensor.contiguous() for name, tensor in state.items() if name not in again}
 
 
 def _another_model(folder: Any, why: str) -> TrainingError:
