@@ -117,7 +117,8 @@ def decoder_path(model: Any) -> str:
     """The dotted path of the part of ``plain_model(model)`` that ``hidden_states`` calls: "model" of most."""
     plain = plain_model(model)
     decoder = plain.get_decoder()
-    return next(name for name, module in plain.named_modules() if module is decoder)
+    path: str = next(name for name, module in plain.named_modules() if module is decoder)
+    return path
 
 
 def check_head(model: Any, tokenizer: Any) -> float:
