@@ -107,14 +107,13 @@ def one_seed(data: list[tuple[Tensor, Tensor]], seed: int, steps: int) -> tuple[
     torch.set_num_threads(1)
     (train_x, train_y), (spare_x, _), (test_x, test_y) = data
     torch.manual_seed(seed)
-    teacher = distil(Network(256, 0.3), train_x, train_y, HARD, None, steps=2 * steps, seed=seed)
+    large = {"steps": 2 * steps, "learning_rate": 3e-3, "seed": seed}
+    small = {"steps": steps, "learning_rate": 1e-2, "seed": seed}
+    teacher = distil(Network(256, 0.3), train_x, train_y, HARD, None, **large)
 
     def student(images: Tensor, labels: Tensor, objectives: list[Any], width: int = 16) -> nn.Module:
         torch.manual_seed(seed)
-        needs_teacher = objectives is not HARD
-        return distil(
-            Network(width), images, labels, objectives, teacher if needs_teacher else None, steps=steps, seed=seed
-        )
+        return distil(Network(width), images, labels, objectives, None if objectives is HARD else teacher, **small)
 
     def right(network: nn.Module, bias: float = 0.0) -> np.ndarray:
         with torch.no_grad():
