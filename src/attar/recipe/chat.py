@@ -119,8 +119,23 @@ class Signals(Part):
     """ask the teacher in every step, or once before training"""
     kind: Literal["sampled", "top_k", "hidden"] = "sampled"
     """of cached signals: what is kept of a distribution"""
-    entries: Positive = 48
-    """tokens kept of a distribution, of `sampled` and `top_k`"""
+    entries: Positive = 64
+    """of `top_k`: tokens kept of a distribution"""
+    threshold: float = Field(default=0.02, gt=0, le=1, strict=False)
+    """of `sampled`: a token of at least this probability is kept, others by chance"""
+
+    @model_validator(mode="after")
+    def _of_the_kind(self) -> Signals:
+        for key, kind in (("entries", "top_k"), ("threshold", "sampled")):
+            value = getattr(self, key)
+            # Compared, as a resolved recipe spells every default out.
+            if value != type(self).model_fields[key].default and (self.source, self.kind) != ("cached", kind):
+                signals = self.kind if self.source == "cached" else "live"
+                raise ValueError(
+                    f"distill.signals.{key}: it is {value}, and {signals} signals have none; leave it out, or set "
+                    f"source: cached and kind: {kind}"
+                )
+        return self
 
 
 class Distill(Part):
