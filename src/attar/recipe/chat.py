@@ -134,6 +134,19 @@ class Signals(Part):
     threshold: float = Field(default=0.02, gt=0, le=1, strict=False)
     """of `sampled`: a token of at least this probability is kept, others by chance"""
 
+    @model_validator(mode="after")
+    def _of_the_kind(self) -> Signals:
+        for key, kind in (("entries", "top_k"), ("threshold", "sampled")):
+            value = getattr(self, key)
+            # Compared, as a resolved recipe spells every default out.
+            if value != type(self).model_fields[key].default and (self.source, self.kind) != ("cached", kind):
+                signals = self.kind if self.source == "cached" else "live"
+                raise ValueError(
+                    f"distill.signals.{key}: it is {value}, and {signals} signals have none; leave it out, or set "
+                    f"source: cached and kind: {kind}"
+                )
+        return self
+
 
 class Distill(Part):
     """What the student learns from the teacher."""
