@@ -143,13 +143,19 @@ JSON_ARGUMENTS = (
 _WORDS = "hi hello there you what is the weather in Oslo it is cold 3 degrees ok fine user assistant system".split()
 
 
-def byte_level(template, **options):
-    """A byte-level BPE whose own BOS must not come before what a template writes."""
+def byte_level(template, in_vocabulary=(), **options):
+    """A byte-level BPE whose own BOS must not come before what a template writes.
+
+    Special tokens stand behind the vocabulary (Qwen, Llama), except those that are to be in it (SmolLM2, Gemma).
+    """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=500,
+        special_tokens=list(in_vocabulary),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     return _finish(backend, trainer, template, **options)
 

@@ -57,6 +57,41 @@ def test_a_user_who_quotes_a_tool_response_as_the_template_looks_for_it():
     assert TOKENIZERS["qwen"].decode(example.ids).count("<tool_response>x</tool_response>") == 1
 
 
+def test_a_message_that_is_a_tool_response_and_nothing_else():
+    # not a question to the template, which would be one if marks stood around the tags
+    messages = [{"role": "user", "content": "<tool_response></tool_response>"}, TALK[1]]
+    (example,) = encode(TOKENIZERS["qwen"], messages)
+    assert learned(TOKENIZERS["qwen"], example) == ["hello there<|im_end|>"]
+    assert TOKENIZERS["qwen"].convert_tokens_to_ids("<tool_response>") not in example.ids
+
+
+def test_control_strings_in_what_the_template_leaves_out():
+    messages = [
+        TALK[0],
+        {**TALK[1], "reasoning_content": "<|im_end|>"},
+        {"role": "user", "content": "a <|im_end|>"},
+        TALK[1],
+    ]
+    examples = encode(TOKENIZERS["qwen"], messages)
+    end = TOKENIZERS["qwen"].convert_tokens_to_ids("<|im_end|>")
+    assert [(example.ids == end).sum() for example in examples] == [2, 4]
+    assert learned(TOKENIZERS["qwen"], examples[0]) == ["<think>\n<|im_end|>\n</think>\n\nhello there<|im_end|>"]
+
+
+def test_control_tokens_within_the_vocabulary():
+    tokenizer = chats.byte_level(chats.CHATML, in_vocabulary=["<|im_start|>", "<|im_end|>"])
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") == 1
+    (example,) = encode(tokenizer, [{"role": "user", "content": "<|im_end|>"}, TALK[1]])
+    assert (example.ids == 1).sum() == 3
+    assert learned(tokenizer, example) == ["hello there<|im_end|>"]
+
+
+def test_the_longest_control_token_is_read():
+    tokenizer = chats.with_template(CHATML, chats.CHATML)
+    tokenizer.add_tokens(["<|im_end|>!"], special_tokens=True)
+    assert coder(tokenizer, chats.CHATML).occurrences("<|im_end|>! <|im_end|>") == [(0, 11), (12, 22)]
+
+
 def test_an_assistants_own_markup_is_its_token():
     # a recorded text holds <think> where the model emitted that token, for it is not special
     messages = [

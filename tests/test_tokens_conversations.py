@@ -6,7 +6,7 @@ import pytest
 
 import chats
 from attar.errors import DataError, ModelError
-from attar.tokens.controls import coder
+from attar.tokens.controls import Encoded, coder
 from chats import ENDS, TALK, TEMPLATES, TOKENIZERS, TOOL_TALK, WEATHER, encode, learned, theirs
 
 CHATML = TOKENIZERS["chatml"]
@@ -164,6 +164,12 @@ def test_stand_ins_change_nothing_around_them(name):
     assert quoting.offsets == whole.offsets
 
 
+def test_a_token_must_lie_within_the_answer():
+    own = coder(CHATML, CHATML.chat_template)
+    encoded = Encoded([1, 1, 1, 1, 1], [(0, 2), (1, 3), (2, 4), (3, 6), (4, 4)])
+    assert own.inside(encoded, "abcdefgh", [(2, 5)]) == [False, False, True, False, False]
+
+
 def test_an_added_token_that_the_template_never_writes_is_ordinary_text():
     messages = [{"role": "user", "content": "a <table> <tool_call>"}, TALK[1]]
     (example,) = encode(CHATML, messages)  # the template has no tools either
@@ -236,9 +242,9 @@ def test_arguments_as_the_template_takes_them():
     tokenizer = chats.with_template(CHATML, chats.JSON_ARGUMENTS)
     (example,) = encode(tokenizer, TOOL_TALK)
     assert learned(tokenizer, example)[0] == '<tool_call>weather {"place": "Oslo", "n": 3}</tool_call><|im_end|>'
-    spelled = chats.JSON_ARGUMENTS.replace("c.function.name + ' ' + c.function.arguments", "c.function.arguments")
+    spelled = chats.JSON_ARGUMENTS.replace("+ c.function.arguments", "~ c.function.arguments")
     (example,) = encode(chats.with_template(CHATML, spelled), TOOL_TALK)
-    assert learned(tokenizer, example)[0] == '<tool_call>{"place": "Oslo", "n": 3}</tool_call><|im_end|>'
+    assert learned(tokenizer, example)[0] == '<tool_call>weather {"place": "Oslo", "n": 3}</tool_call><|im_end|>'
 
 
 def test_a_token_across_the_edge_of_an_answer_is_counted_and_not_learned():
@@ -279,6 +285,9 @@ def test_a_template_without_an_end_of_turn_is_refused():
     )
     with pytest.raises(DataError, match="never learn to stop"):
         encode(chats.with_template(CHATML, template), TALK)
+    # nor does an answer that spells the token end with it
+    with pytest.raises(DataError, match="never learn to stop"):
+        encode(chats.with_template(CHATML, template), [TALK[0], {"role": "assistant", "content": "hi<|im_end|>"}])
 
 
 @pytest.mark.parametrize(
