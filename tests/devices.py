@@ -13,9 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
+from attar.errors import AttarError
 from attar.signals.language import SignalKind, SignalReader, ask, keep_head
 from attar.signals.store import SignalStore
 from attar.tokens import TokenizedExample
@@ -24,10 +28,11 @@ from attar.train.language_model import LanguageModel
 from attar.train.objectives import Feature, Logit, Response
 from attar.train.trainer import DistillationTrainer
 
-VOCABULARY, STEPS, ACCUMULATION = 48, 20, 2
+VOCABULARY = 48
 LAYERS = {"model.layers.0": "model.layers.1"}
 KIND = SignalKind("hidden", layers=tuple(LAYERS.values()), dtype=torch.float64)
 MEMBERS = {"one": 1, "ddp": 2, "fsdp": 2, "fsdp-one": 1}
+BATCHES_PER_STEP = 4
 
 
 @dataclass(frozen=True)
@@ -37,10 +42,12 @@ class Case:
     name: str
     launch: str = "one"
     source: str = "live"
+    """live teacher, hidden states from a store, or module: a linear one in place of language models"""
     tied: bool = True
-    steps: int = STEPS
+    steps: int = 20
     resume: str | None = None
-    """name of the run whose checkpoint this one goes on from"""
+    """name of the run from whose tenth step this one goes on"""
+    batches_per_step: int = BATCHES_PER_STEP
     plugin: dict | None = None
     """more settings of FSDP"""
     half: bool = False
@@ -65,7 +72,6 @@ def model(width, layers, seed, tied):
         num_key_value_heads=1,
         tie_word_embeddings=tied,
         initializer_range=0.2,
-        attn_implementation="eager",
     )
     return LlamaForCausalLM(config).double()
 
@@ -94,8 +100,6 @@ def write_signals(folder, examples):
 
 
 class Kept(TrainerCallback):
-    """Loss by loss what was logged."""
-
     def __init__(self):
         self.logs = []
 
@@ -103,18 +107,52 @@ class Kept(TrainerCallback):
         self.logs.append({"step": state.global_step, **logs})
 
 
-def open_fsdp(settings, half):
+def open_fsdp(case):
     """accelerate opens FSDP for accelerators alone; of a CPU it makes DDP. Nothing else of it differs."""
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin
-    from accelerate.state import PartialState
-    from accelerate.utils import DistributedType
-
     state = Accelerator(cpu=True).state
-    settings = {"auto_wrap_policy": "transformer_based_wrap", "state_dict_type": "FULL_STATE_DICT", **(settings or {})}
-    state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **settings)
-    if half:
+    wrapping = {"auto_wrap_policy": "transformer_based_wrap", "state_dict_type": "FULL_STATE_DICT"}
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **{**wrapping, **(case.plugin or {})})
+    if case.half:
         state.fsdp_plugin.set_mixed_precision("bf16")
     state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+
+
+def parts(folder, case):
+    """What is trained, on what, and how it is put into batches."""
+    if case.source == "module":
+        torch.manual_seed(0)
+        data = [{"input": torch.randn(4).double(), "labels": torch.tensor(i % 3)} for i in range(85)]
+        student, tutor = (torch.nn.Linear(4, 3, dtype=torch.float64) for _ in range(2))
+        objectives = [Logit(), Response(labels="gold", weight=0.5)]
+        return {
+            "model": student,
+            "teacher": tutor,
+            "objectives": objectives,
+            "train_dataset": data[:80],
+            "eval_dataset": data[80:],
+        }
+    reader = None
+    if case.source == "hidden":
+        reader = SignalReader(SignalStore(folder / "signals", {"kind": "hidden"}), KIND, VOCABULARY)
+    objectives = [Response(weight=0.5), Logit(temperature=2.0), Feature(LAYERS, loss="mse", weight=0.3)]
+    student = LanguageModel(
+        model(16, 2, 0, case.tied),
+        objectives,
+        teacher(case.tied) if reader is None else None,
+        teacher_head=None if reader is None else reader.head(),
+    )
+    return {
+        "model": student,
+        "train_dataset": TokenizedRows(rows(5, 176), 36),
+        "eval_dataset": TokenizedRows(rows(5, 9), 36),
+        "data_collator": Collator(0, reader),
+    }
+
+
+def share(module):
+    """How much of its weights a process holds."""
+    local = [p.to_local() if hasattr(p, "to_local") else p for p in module.parameters()]
+    return sum(p.numel() for p in local) / sum(p.numel() for p in module.parameters())
 
 
 def run(folder: Path, case: Case) -> None:
@@ -123,10 +161,13 @@ def run(folder: Path, case: Case) -> None:
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=case.steps,
-        num_train_epochs=1,
-        gradient_accumulation_steps=ACCUMULATION * 2 // MEMBERS[case.launch],
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=2,
+        gradient_accumulation_steps=case.batches_per_step // MEMBERS[case.launch],
         learning_rate=5e-3,
-        optim="adamw_torch",
+        # A rate that changes, and does not depend on how many steps there are.
+        lr_scheduler_type="inverse_sqrt",
+        warmup_steps=2,
         weight_decay=0.1,
         logging_steps=1,
         eval_strategy="steps",
@@ -140,61 +181,84 @@ def run(folder: Path, case: Case) -> None:
         seed=3,
     )
     if case.launch.startswith("fsdp"):
-        open_fsdp(case.plugin, case.half)
-    examples = rows(5, 176)
-    reader = None
-    if case.source == "hidden":
-        reader = SignalReader(SignalStore(folder / "signals", {"kind": "hidden"}), KIND, VOCABULARY)
-    live = reader is None
-    objectives = [Response(weight=0.5), Logit(temperature=2.0), Feature(LAYERS, loss="mse", weight=0.3)]
+        open_fsdp(case)
     kept = Kept()
-    trainer = DistillationTrainer(
-        model=LanguageModel(
-            model(16, 2, 0, case.tied),
-            objectives,
-            teacher(case.tied) if live else None,
-            teacher_head=None if live else reader.head(),
-        ),
-        args=arguments,
-        train_dataset=TokenizedRows(examples, 36),
-        eval_dataset=TokenizedRows(rows(6, 7) if live else examples[:7], 36),
-        data_collator=Collator(0, reader),
-        callbacks=[kept],
-    )
     resume = None if case.resume is None else str(folder / case.resume / "checkpoint-10")
-    trainer.train(resume_from_checkpoint=resume)
+    out.mkdir(exist_ok=True)
+    try:
+        trainer = DistillationTrainer(args=arguments, callbacks=[kept], **parts(folder, case))
+        trainer.train(resume_from_checkpoint=resume)
+    except AttarError as error:
+        (out / "error.txt").write_text(f"{type(error).__name__}: {error}")
+        return
     trainer.save_model(str(out / "last"))
-    state = trainer.student_state_dict()
+    student = trainer.student_state_dict()
     if trainer.args.process_index == 0:
-        save_file({name: tensor.clone() for name, tensor in state.items()}, out / "student.safetensors")
-        (out / "logs.json").write_text(json.dumps(kept.logs))
+        save_file({name: tensor.clone() for name, tensor in student.items()}, out / "student.safetensors")
+        shares = [share(trainer.student), *([share(trainer.distilled.teacher)] if trainer.distilled.teacher else [])]
+        (out / "logs.json").write_text(json.dumps({"logs": kept.logs, "shares": shares}))
 
 
-def read(folder, name):
-    """Final weights, the student's alone, and what was logged."""
-    out = folder / name
-    logs = json.loads((out / "logs.json").read_text())
-    return load_file(out / "last" / "model.safetensors"), load_file(out / "student.safetensors"), logs
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left behind."""
+
+    folder: Path
+
+    @property
+    def saved(self):
+        """Weights by name: all that is trained."""
+        return load_file(self.folder / "last" / "model.safetensors")
+
+    @property
+    def student(self):
+        """The student's weights, as it is given to whoever exports it."""
+        return load_file(self.folder / "student.safetensors")
+
+    @property
+    def logs(self):
+        return json.loads((self.folder / "logs.json").read_text())["logs"]
+
+    @property
+    def shares(self):
+        """Of student and teacher, what the first process holds."""
+        return json.loads((self.folder / "logs.json").read_text())["shares"]
+
+    @property
+    def error(self):
+        return (self.folder / "error.txt").read_text()
+
+    def values(self, steps):
+        """Everything logged of these steps that does not depend on the clock or on float32 sums of the Trainer."""
+        exact = ("loss_", "eval_", "gradient_", "grad_norm", "learning_rate")
+        return {
+            (log["step"], name): value
+            for log in self.logs
+            for name, value in log.items()
+            if log["step"] in steps and name.startswith(exact)
+        }
 
 
 def member(folder, case, rank, port):
-    """One process of a run, with what torchrun tells it; no launcher's where there is one alone."""
+    """One process of a run, told what torchrun tells it; nothing where a run has no launcher."""
     if case.launch != "one":
-        several = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": MEMBERS[case.launch]}
-        several |= {"LOCAL_WORLD_SIZE": MEMBERS[case.launch], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in several.items()})
+        members = MEMBERS[case.launch]
+        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": members, "LOCAL_WORLD_SIZE": members}
+        told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in told.items()})
     run(folder, case)
 
 
 def main() -> None:
     """Each case in processes of its own, forked, so that what takes seconds to import is imported once."""
     folder, plan = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    write_signals(folder / "signals", rows(5, 176))
+    context = multiprocessing.get_context("fork")
     for case in (Case(**case) for case in plan):
+        start = time.time()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        start = time.time()
-        context = multiprocessing.get_context("fork")
         members = [
             context.Process(target=member, args=(folder, case, rank, port)) for rank in range(MEMBERS[case.launch])
         ]
@@ -202,10 +266,10 @@ def main() -> None:
             process.start()
         # One that failed leaves the others waiting for it.
         while any(process.is_alive() for process in members) and not any(process.exitcode for process in members):
-            time.sleep(0.05)
+            time.sleep(0.02)
         for process in members:
-            if process.exitcode != 0:
-                process.kill()
+            process.kill()
+            process.join()
         if any(process.exitcode for process in members):
             sys.exit(f"{case.name} failed")
         sys.stderr.write(f"{case.name}: {time.time() - start:.1f} s\n")
