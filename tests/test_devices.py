@@ -10,11 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from devices import Case, Outcome
 
 from attar.errors import UsageError
 from attar.train.batches import SharedBatches
 from attar.train.sharding import check_launch
+from devices import Case, Outcome
 
 HERE = Path(__file__).parent
 ALL, FIRST, LAST = range(1, 21), range(1, 7), range(11, 21)
