@@ -55,7 +55,6 @@ def outcomes(tmp_path_factory):
         env=environment,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    print(done.stderr)
     return {case.name: Outcome(folder / case.name) for case in PLAN}
 
 
