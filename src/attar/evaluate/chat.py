@@ -1,6 +1,4 @@
-"""The chat task: every arm reads and answers the same held-out conversations; all that the report shows is computed
-here.
-"""
+"""The chat task: every arm reads and answers the same held-out conversations, and is compared with the teacher."""
 
 from __future__ import annotations
 
@@ -52,6 +50,7 @@ def evaluate(recipe: ChatRecipe, run: Run) -> dict[str, Any]:
     arms |= dict.fromkeys(null)
     counts = {stage: run.stages[stage]["counts"] for stage in ("curate", "score") if stage in run.stages}
     scored = counts.get("score", {"examples": 0, "tokens": 0})
+    making = [run.stages[stage]["seconds"] for stage in _MAKING if stage in run.stages]
     written = sum(map(len, answers["teacher"][0]))
     prompted = sum(len(turn.prompt) for turn in cases.teacher.turns)
     evaluation: dict[str, Any] = {
@@ -61,11 +60,7 @@ def evaluate(recipe: ChatRecipe, run: Run) -> dict[str, Any]:
             stats.retention(scores["student"], scores["teacher"], **bootstrap),
             {arm: speeds[arm]["latency_ms"] for arm in ("teacher", "student")},
             costs,
-            sum(
-                verdict.machine_cost(
-                    settings, [run.stages[s]["seconds"] for s in ("score", "train") if s in run.stages]
-                )
-            ),
+            sum(verdict.machine_cost(settings, making)),
         ),
         "arms": arms,
         "null_arms": null,
