@@ -316,12 +316,6 @@ def test_a_trimmed_vocabulary_is_compared_on_the_kept_tokens(teacher, tmp_path, 
     assert {name: row[name] for name in wanted} == pytest.approx(wanted, abs=1e-4)
     assert 0 < wanted["agreed"] < len(places)
     assert any(f"{len(kept)} of the teacher's tokens" in limit for limit in evaluation["limits"])
-    mine, theirs = (
-        json.loads((tmp_path / f"evaluate/answers/{arm}-greedy-0.json").read_text()) for arm in ("student", "teacher")
-    )
-    begins = [kept[ids[0]].item() == wanted[0] for ids, wanted in zip(mine, theirs, strict=True)]
-    assert any(begins)
-    assert evaluation["metrics"]["greedy_prefix"]["student"] > 0
 
 
 def test_answers_are_compared_by_conversation_and_references_where_they_are_short(teacher):
