@@ -1,109 +1,20 @@
-"""The command line: parse -> recipe -> stage; formats errors and progress; nothing else."""
+"""The verbs that run a recipe: run, its stages, check, report, init, demo."""
 
 from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from attar import __version__
-from attar.errors import AttarError, Interrupted
+from attar.cli.app import EXIT_HOLD, EXIT_REFUSED, DryOption, JsonOption, RecipeArgument, SetOption, app
+from attar.cli.terminal import Terminal
 
 if TYPE_CHECKING:
     from attar.recipe import Recipe
-
-# What a wrong call raises: the common base of typer's own errors.
-_ClickError: Any = typer.BadParameter.__mro__[2]
-
-app = typer.Typer(
-    name="attar",
-    help="Distil an expensive model into a small one, and prove what was kept.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-
-EXIT_REFUSED = 3
-EXIT_HOLD = 4
-
-RecipeArgument = Annotated[Path, typer.Argument(help="The recipe file.", show_default=True)]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one value, e.g. train.epochs=3; may be repeated."),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON result on stdout and nothing else.")]
-DryOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done and why, and do nothing.")]
-
-
-class _Terminal:
-    """Progress on stderr: a live bar in a terminal, plain lines elsewhere."""
-
-    def __init__(self) -> None:
-        self._live = sys.stderr.isatty()
-
-    def note(self, message: str) -> None:
-        print(message, file=sys.stderr, flush=True)
-
-    def step(self, name: str, total: int) -> Iterator[Any]:
-        if self._live:
-            yield from _bar(name, total)
-        else:
-            yield _Lines(name, total)
-
-
-class _Lines:
-    """A line at most every ten seconds, and one at the end."""
-
-    def __init__(self, name: str, total: int) -> None:
-        self._name, self._total, self._done = name, total, 0
-        self._start = self._said = time.monotonic()
-
-    def advance(self, n: int = 1) -> None:
-        self._done += n
-        now = time.monotonic()
-        if now - self._said >= 10 or self._done >= self._total:
-            self._said = now
-            rate = self._done / max(now - self._start, 1e-9)
-            left = (self._total - self._done) / rate if rate else 0.0
-            print(
-                f"  {self._name}: {self._done}/{self._total}, {rate:.1f}/s, {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
-
-
-def _bar(name: str, total: int) -> Iterator[Any]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    class Bar:
-        def advance(self, n: int = 1) -> None:
-            progress.advance(task, n)
-
-    class Speed(Progress):
-        """A progress bar whose speed column is 0 until one is known."""
-
-        def get_renderables(self) -> Iterator[Any]:
-            for item in self.tasks:
-                item.fields["rate"] = item.speed or 0.0
-            yield from super().get_renderables()
-
-    columns = (
-        TextColumn("  {task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:.1f}/s"),
-        TimeRemainingColumn(),
-    )
-    with Speed(*columns, console=Console(stderr=True), transient=False) as progress:
-        task = progress.add_task(name, total=total, rate=0.0)
-        yield Bar()
 
 
 def _run(recipe: Recipe, as_json: bool, dry_run: bool, until: str | None) -> None:
@@ -116,7 +27,7 @@ def _run(recipe: Recipe, as_json: bool, dry_run: bool, until: str | None) -> Non
         for item in () if as_json else plans:
             print(f"{item.stage}: {pipeline.shorten(item.reasons) or 'done, nothing to do'}")
         return
-    folder = pipeline.run(recipe, until=until, progress=_Terminal())
+    folder = pipeline.run(recipe, until=until, progress=Terminal())
     ship = True
     if until is None:
         content = json.loads((folder / "report" / "report.json").read_text("utf-8"))
@@ -204,7 +115,7 @@ def _demo(
     """Run the main job on real weights: distil an agent's tool-routing decisions, and print the verdict."""
     from attar.demo import demo_recipe
 
-    _run(demo_recipe(folder, overrides or [], _Terminal()), as_json, dry_run, None)
+    _run(demo_recipe(folder, overrides or [], Terminal()), as_json, dry_run, None)
 
 
 @app.command("init")
@@ -239,43 +150,3 @@ def _check(
             print(f"{finding.level:>6}  {finding.message}")
     if refused:
         raise typer.Exit(EXIT_REFUSED)
-
-
-def _version(show: bool) -> None:
-    if show:
-        print(f"attar {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    del version
-
-
-def main() -> None:
-    """Entry point: turns exceptions into one line and an exit code."""
-    try:
-        code = app(standalone_mode=False) or 0
-        if code == Interrupted.exit_code:
-            # typer turns Ctrl-C into this code and says nothing.
-            raise KeyboardInterrupt
-        sys.exit(code)
-    except _ClickError as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (typer.Abort, KeyboardInterrupt):
-        _fail(Interrupted("interrupted; the same command goes on from here"))
-    except AttarError as error:
-        _fail(error)
-    except OSError as error:
-        # A folder that may not be written, a file that vanished: the machine's answer, not a fault in attar.
-        _fail(AttarError(f"{error.filename or 'the system'}: {error.strerror or error}"))
-
-
-def _fail(error: AttarError) -> None:
-    print(f"attar: {error}", file=sys.stderr)
-    sys.exit(error.exit_code)
