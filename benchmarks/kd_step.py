@@ -68,7 +68,7 @@ def measure(folder: Path, source: str, steps: int) -> None:
     torch.set_num_threads(2)
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(folder / "student")
-    rows = examples(tokenizer, BATCH * steps)
+    rows = examples(tokenizer, BATCH)  # one batch an epoch: every step is on the same tokens, as the peers' steps are
 
     def load(name):
         return AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
