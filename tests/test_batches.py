@@ -63,6 +63,11 @@ def test_little_is_padding_where_lengths_vary_tenfold(n, skewed):
     assert sum(sizes) / (len(sizes) * max(sizes)) < 0.6
 
 
+def test_rows_of_nearly_one_length_in_any_order_stay_within_the_budget():
+    sizes = lengths(300, 100, 102)
+    assert max(padded(batch, sizes) for batch in TokenBudgetBatches(sizes, 1000, seed=0)) <= 1000
+
+
 def test_an_order_belongs_to_seed_and_epoch():
     sizes = lengths(300)
 

@@ -19,11 +19,10 @@ def test_the_right_is_cut_off_and_counted():
     (whole,) = encode(CHATML, TALK)
     ends = np.flatnonzero(whole.ids == CHATML.convert_tokens_to_ids("<|im_end|>"))
     counts = Counter()
-    (example,) = encode(CHATML, TALK, max_tokens=int(ends[2]) + 3, counts=counts)
-    assert example.ids.tolist() == whole.ids[: ends[2] + 3].tolist()
-    assert learned(CHATML, example) == ["hello there<|im_end|>"]
-    assert counts["truncated"] == 1
-    assert counts["supervised lost"] == whole.supervised.sum() - example.supervised.sum() > 0
+    (example,) = encode(CHATML, TALK, max_tokens=int(ends[-1]), counts=counts)
+    assert example.ids.tolist() == whole.ids[: ends[-1]].tolist()
+    assert learned(CHATML, example) == ["hello there<|im_end|>", "it is 3 degrees"]
+    assert counts["truncated"] == counts["supervised lost"] == 1
     assert counts["tokens"] == len(example)
     assert counts["supervised"] == example.supervised.sum()
 

@@ -137,7 +137,6 @@ class TokenBudgetBatches:
         for start in range(0, len(order), self.window):
             jittered = [(self.lengths[row] * rng.uniform(1, 1 + _JITTER), row) for row in order[start:][: self.window]]
             batches += self._cut([row for _, row in sorted(jittered)])
-        rng.shuffle(batches)
         while len(batches) % self.num_processes:
             largest = max(range(len(batches)), key=lambda number: len(batches[number]))
             rows = batches[largest]
@@ -146,7 +145,7 @@ class TokenBudgetBatches:
             batches[largest] = rows[: len(rows) // 2]
             batches.append(rows[len(rows) // 2 :])
         repeated = -len(batches) % self.num_processes
-        batches += batches[:repeated]
+        batches += rng.sample(batches, repeated)
         rng.shuffle(batches)
         return batches, repeated
 
