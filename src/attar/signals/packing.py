@@ -50,9 +50,7 @@ def pack_top_k(signal: TopK, vocabulary: int) -> Packed:
     finite = np.isfinite(depth)
     largest = np.zeros(len(signal.ids))
     np.maximum.at(largest, listed.tokens[finite], depth[finite])
-    # Rounded up, so that the smallest is within it.
     reach = largest.astype(np.float16)
-    reach = np.where(reach < largest, np.nextafter(reach, np.float16(np.inf)), reach)
     fraction = np.divide(
         depth, reach[listed.tokens], out=np.zeros_like(depth), where=finite & (reach[listed.tokens] > 0)
     )
