@@ -8,7 +8,8 @@ the gradient of the forward KL from stored signals and the exact one, on held-ou
 tokens, before training and after it; the same after training for the signals as they were before they were packed; and,
 for the kinds of --train, the student's held-out KL to the teacher after as many steps on the same batches from the same
 start, over the exact one's. Exact is the dense KL from the teacher's float32 states. A KIND is `hidden` (bfloat16
-states), `top_k:ENTRIES`, `sampled:THRESHOLD` or `fixed:ENTRIES` (as many drawn for every token). A table goes to
+states), `top_k:ENTRIES`, `top_k:ENTRIES:AT_LEAST`, `sampled:THRESHOLD` or `fixed:ENTRIES` (as many drawn for every
+token). A table goes to
 stderr; the last line is JSON, of the default sparse kind.
 """
 
@@ -28,6 +29,7 @@ from attar.data.conversations import read_conversations
 from attar.demo import teacher_folder
 from attar.engines.heads import head_of
 from attar.progress import Silent
+from attar.recipe.chat import Signals
 from attar.signals.hidden import from_array, to_array
 from attar.signals.language import SignalKind, SignalReader, ask, keep_head
 from attar.signals.packing import pack_sampled, pack_top_k
@@ -49,11 +51,17 @@ LEARNING_RATE = 3e-4
 SHARD, PASS = 64, 16
 EXACT = "exact"
 PADDING = {"ids": -1, "log_probs": float("-inf")}
-DEFAULT = f"sampled:{SignalKind('sampled').threshold}"
+_SIGNALS = Signals()
+DEFAULT = {
+    "sampled": f"sampled:{_SIGNALS.threshold}",
+    "top_k": f"top_k:{_SIGNALS.entries}:{_SIGNALS.at_least}",
+    "hidden": "hidden",
+}[_SIGNALS.kind]
 KINDS = (
     "hidden",
-    *("top_k:16", "top_k:64"),
-    *("sampled:0.05", "sampled:0.02", "sampled:0.01", "sampled:0.005"),
+    *("top_k:16", "top_k:64", "top_k:256"),
+    *(f"top_k:2048:{p}" for p in (0.004, 0.002, 0.001, 0.0004, 0.0002)),
+    *(f"sampled:{p}" for p in (0.05, 0.02, 0.01, 0.005, 0.002)),
     "fixed:32",
 )
 
@@ -78,7 +86,8 @@ def distribution(name, states, head, example):
         return {"states": from_array(packed["states"])}, packed
     chunks = logit_chunks(states, head)
     if kind == "top_k":
-        signal = top_k(chunks, int(number))
+        entries, _, least = number.partition(":")
+        signal = top_k(chunks, int(entries), at_least=float(least or 0))
         return signal._asdict(), pack_top_k(signal, head.size)
     random = example_random(0, example)
     fixed = kind == "fixed"
@@ -87,7 +96,7 @@ def distribution(name, states, head, example):
     return tensors, pack_sampled(signal, head.size, random)
 
 
-class Signals:
+class Stores:
     """The teacher's states of all examples, and stores of every kind made from them."""
 
     def __init__(self, teacher, tokenizer, parts, folder):
@@ -269,7 +278,7 @@ def main() -> None:
     kinds = list(dict.fromkeys([*args.kinds, *args.train, DEFAULT]))
     with tempfile.TemporaryDirectory() as work:
         start = keep_layers(teacher, choose_layers(teacher, LAYERS, "even"))
-        signals = Signals(teacher, tokenizer, {"held": held, "rest": rest}, Path(work))
+        signals = Stores(teacher, tokenizer, {"held": held, "rest": rest}, Path(work))
         tokens = sum(int(example.supervised.sum()) for example in held)
         say(f"{tokens} held-out tokens; {len(rest)} conversations of {sum(map(len, rest))} tokens to learn from")
         exact, _ = signals.reader(EXACT, "held")

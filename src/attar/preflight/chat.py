@@ -29,6 +29,7 @@ from attar.tokens import TokenizedExample, highlight
 from attar.train.batches import Collator, TokenizedRows
 from attar.train.chat import objectives_of
 from attar.train.language_model import LanguageModel
+from attar.train.memory import Decoder, estimate
 from attar.train.objectives import Logit, Response
 
 __all__ = ["check"]
@@ -49,7 +50,7 @@ def check(recipe: ChatRecipe) -> list[Finding]:
         findings.append(Finding("ok", "conversations: " + ", ".join(f"{n} {len(c)}" for n, c in splits.items())))
         findings += [Finding("warn", f"{n} dropped: {reason}") for reason, n in dropped.items()]
         teacher_files(recipe)
-        findings += _memory(recipe)
+        findings += _disk(recipe)
         teacher, tokenizer = load_teacher_model(recipe)
         check_head(teacher, tokenizer)
         student = build_student(recipe, teacher, tokenizer, splits["train"], recipe.run.seed)
@@ -58,28 +59,67 @@ def check(recipe: ChatRecipe) -> list[Finding]:
         if any(finding.level == "refuse" for finding in findings):
             return findings
         findings += _tokens(recipe, student.tokenizer, splits)
+        findings += _memory(recipe, teacher, student, splits["train"])
         findings += _one_batch(recipe, teacher, tokenizer, student, splits["train"])
     except AttarError as error:
         findings.append(Finding("refuse", str(error)))
     return findings
 
 
-def _memory(recipe: ChatRecipe) -> Iterator[Finding]:
-    """What weights, gradients and optimiser take, against what is free; activations come on top."""
+def _disk(recipe: ChatRecipe) -> Iterator[Finding]:
+    """Checkpoints, weights and exports, against what is free."""
     place = teacher_files(recipe)
     stored = (
         sum(path.stat().st_size for path in place.glob("*.safetensors")) if place.is_dir() else place.stat().st_size
     )
-    free = psutil.virtual_memory().available
-    # The student has at most the teacher's weights, each with a gradient and Adam's two moments.
-    needed = 5 * stored
-    yield Finding(
-        "warn" if needed > free else "ok",
-        f"weights, gradients and optimiser take at most {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
-    )
     disk = shutil.disk_usage(recipe.folder.parent if recipe.folder.parent.exists() else ".").free
     wanted = 10 * stored
     yield Finding("refuse" if wanted > disk else "ok", f"about {wanted / 1e9:.1f} GB of disk, {disk / 1e9:.1f} GB free")
+
+
+def _memory(recipe: ChatRecipe, teacher: Any, student: Student, conversations: list[Conversation]) -> Iterator[Finding]:
+    """A training step by the formula, against what is free beside the models that this check has loaded."""
+    try:
+        sizes = Decoder.from_config(student.model.config)
+        asked = Decoder.from_config(teacher.config) if recipe.distill.signals.source == "live" else None
+    except ValueError as error:
+        yield Finding("warn", f"memory of a training step: not known, as {error}")
+        return
+    examples = encode(recipe, student.tokenizer, conversations)[0]
+    lengths = [len(example) for example in examples]
+    tokens = max(recipe.train.tokens_per_batch, *lengths)
+    learned = sum(int(example.supervised.sum()) for example in examples)
+    trained = sum(p.numel() for p in student.model.parameters() if p.requires_grad)
+    weight_bytes = next(student.model.parameters()).element_size()
+    step = estimate(
+        sizes,
+        tokens=tokens,
+        supervised=round(tokens * learned / sum(lengths)),
+        teacher=asked,
+        weight_bytes=weight_bytes,
+        compute_bytes=weight_bytes if recipe.train.precision == "float32" else 2,
+        teacher_bytes=next(teacher.parameters()).element_size(),
+        gradient_checkpointing=recipe.train.gradient_checkpointing,
+        accumulation=recipe.train.gradient_accumulation_steps,
+        trained=trained if recipe.student.lora else None,
+    )
+    free = _free(teacher) + sum(p.nbytes for model in (teacher, student.model) for p in model.parameters())
+    fits = step.total <= free
+    cure = "lower train.tokens_per_batch, set train.gradient_checkpointing: true"
+    cure += ", cache the signals" if asked else ""
+    yield Finding(
+        # Sharded, each process has less; how much stands in docs/scale.md.
+        "ok" if fits else "warn" if recipe.train.accelerate else "refuse",
+        f"a training step takes about {step.total / 1e9:.1f} GB on one device (most at the {step.moment}), "
+        f"{free / 1e9:.1f} GB are free" + ("" if fits else f"; {cure}, or shard it (train.accelerate)"),
+    )
+
+
+def _free(model: Any) -> int:
+    """Bytes that are free where the model is."""
+    if model.device.type == "cuda":
+        return int(torch.cuda.mem_get_info(model.device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def _vocabularies(recipe: ChatRecipe, teacher: Any, tokenizer: Any, student: Student) -> Iterator[Finding]:

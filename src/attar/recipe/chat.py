@@ -130,13 +130,15 @@ class Signals(Part):
     kind: Literal["sampled", "top_k", "hidden"] = "sampled"
     """of cached signals: what is kept of a distribution"""
     entries: Positive = 64
-    """of `top_k`: tokens kept of a distribution"""
+    """of `top_k`: tokens kept of a distribution, at most"""
+    at_least: float = Field(default=0.0, ge=0, lt=1, strict=False)
+    """of `top_k`: an entry of a smaller probability is not kept, so that a token of which the teacher is sure takes few"""
     threshold: float = Field(default=0.02, gt=0, le=1, strict=False)
     """of `sampled`: a token of at least this probability is kept, others by chance"""
 
     @model_validator(mode="after")
     def _of_the_kind(self) -> Signals:
-        for key, kind in (("entries", "top_k"), ("threshold", "sampled")):
+        for key, kind in (("entries", "top_k"), ("at_least", "top_k"), ("threshold", "sampled")):
             value = getattr(self, key)
             # Compared, as a resolved recipe spells every default out.
             if value != type(self).model_fields[key].default and (self.source, self.kind) != ("cached", kind):

@@ -33,6 +33,7 @@ def signal_kind(recipe: ChatRecipe) -> SignalKind:
     return SignalKind(
         kind=signals.kind,
         entries=signals.entries,
+        at_least=signals.at_least,
         threshold=signals.threshold,
         # Hidden states give any temperature.
         temperature=1.0 if signals.kind == "hidden" or not temperatures else temperatures[0],
@@ -46,7 +47,7 @@ def _open_store(recipe: ChatRecipe, run: Run, tokenizer: Any, kind: SignalKind) 
         run.path("signals", "tokens"),
         {
             "kind": kind.kind,
-            **({"entries": kind.entries} if kind.kind == "top_k" else {}),
+            **({"entries": kind.entries, "at_least": kind.at_least} if kind.kind == "top_k" else {}),
             **({"threshold": kind.threshold, "seed": kind.seed} if kind.kind == "sampled" else {}),
             "temperature": kind.temperature,
             "layers": list(kind.layers),

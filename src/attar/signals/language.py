@@ -30,7 +30,9 @@ class SignalKind:
 
     kind: Literal["hidden", "top_k", "sampled"]
     entries: int = 64
-    """of ``top_k``: how many"""
+    """of ``top_k``: how many at most"""
+    at_least: float = 0.0
+    """of ``top_k``: an entry of a smaller probability goes to the tail"""
     threshold: float = 0.02
     """of ``sampled``: an entry of at least this probability is kept, a smaller one by chance"""
     temperature: float = 1.0
@@ -80,7 +82,7 @@ def _distribution(states: Tensor, head: Head, kind: SignalKind, example: str) ->
         return {"states": to_array(states, kind.dtype)}
     chunks = logit_chunks(states, head)
     if kind.kind == "top_k":
-        return pack_top_k(top_k(chunks, kind.entries, kind.temperature), head.size)
+        return pack_top_k(top_k(chunks, kind.entries, kind.temperature, kind.at_least), head.size)
     random = example_random(kind.seed, example)
     return pack_sampled(sampled(chunks, kind.threshold, random, kind.temperature), head.size, random)
 

@@ -119,6 +119,7 @@ def estimate(
     processes: int = 1,
     sharded: bool = False,
     chunk_tokens: int = 64,
+    trained: int | None = None,
 ) -> Memory:
     """The highest memory of a training step with AdamW; see the module for the formula.
 
@@ -135,6 +136,7 @@ def estimate(
         processes: how many train together.
         sharded: FSDP2 or DeepSpeed's stage 3, in place of a copy on each process (DDP).
         chunk_tokens: of the loss.
+        trained: parameters that are trained, such as those of adapters; None: all.
 
     Raises:
         ValueError: a number is out of its range.
@@ -147,6 +149,7 @@ def estimate(
     parts = processes if sharded else 1
     buckets = processes > 1 and not sharded
     every = student.parameters * weight_bytes
+    learned = every if trained is None else trained * weight_bytes
     table = student.vocabulary * student.width
     weights = every // parts
     if sharded and processes > 1:
@@ -154,9 +157,9 @@ def estimate(
     elif compute_bytes < weight_bytes:
         # Autocast keeps the copies that a forward made until it is over, and autograd longer.
         weights += student.parameters * compute_bytes
-    kept = every // parts * buckets
+    kept = learned // parts * buckets
     always = {
-        "optimiser": 2 * every // parts,
+        "optimiser": 2 * learned // parts,
         "teacher": _teacher(teacher, teacher_bytes, processes if sharded else 1),
     }
     layer = tokens * (
@@ -174,7 +177,7 @@ def estimate(
         activations = student.layers * layer + ends
     loss = 4 * supervised * student.width + 4 * table
     loss += max(32 * chunk_tokens * student.vocabulary, weight_bytes * table, work)
-    accumulated = every // parts if accumulation > 1 and not buckets else 0
+    accumulated = learned // parts if accumulation > 1 and not buckets else 0
     moments = [
         Memory(
             moment="loss",
@@ -187,7 +190,7 @@ def estimate(
         Memory(
             moment="update",
             weights=weights,
-            gradients=kept + every // parts + (weight_bytes * table if student.tied else 0),
+            gradients=kept + learned // parts + (weight_bytes * table if student.tied and trained is None else 0),
             activations=0,
             loss=0,
             **always,
