@@ -230,6 +230,16 @@ def test_check_refuses_other_vocabularies_by_their_maps(job, tiny_teacher, tmp_p
     assert any("differ in 2 tokens" in message for message in refused)
 
 
+def test_check_weighs_a_step_against_the_memory_that_is_free(job):
+    said = [f for f in check(recipe_of(job)) if "a training step takes" in f.message]
+    assert [f.level for f in said] == ["ok"]
+    (said,) = [
+        f for f in check(recipe_of(job, "train.tokens_per_batch=1000000000000")) if "a training step takes" in f.message
+    ]
+    assert said.level == "refuse"
+    assert "lower train.tokens_per_batch" in said.message
+
+
 def test_check_warns_where_one_objective_drowns_another(job):
     findings = check(recipe_of(job, "distill.objectives=[{kind: response, weight: 0.0001}, {kind: logit}]"))
     assert any(f.level == "warn" and "hardly counts" in f.message for f in findings)

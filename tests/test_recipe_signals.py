@@ -26,6 +26,7 @@ def recipe(**signals):
         {"threshold": 0.1},
         {"threshold": 1},
         {"kind": "top_k", "entries": 16},
+        {"kind": "top_k", "entries": 1024, "at_least": 0.001},
         {"kind": "hidden"},
         {"source": "live"},
     ],
@@ -41,6 +42,7 @@ def test_options_of_the_kind_are_taken_and_a_resolved_recipe_reads_as_it_was(sig
     [
         ({"entries": 16}, r"distill\.signals\.entries: it is 16, and sampled signals have none.*kind: top_k"),
         ({"kind": "top_k", "threshold": 0.1}, r"threshold: it is 0.1, and top_k signals have none.*kind: sampled"),
+        ({"at_least": 0.001}, r"at_least: it is 0.001, and sampled signals have none"),
         ({"kind": "hidden", "entries": 16}, r"entries: it is 16, and hidden signals have none"),
         ({"source": "live", "threshold": 0.1}, r"threshold: it is 0.1, and live signals have none.*source: cached"),
         ({"source": "live", "kind": "top_k", "entries": 16}, r"entries: it is 16, and live signals have none"),

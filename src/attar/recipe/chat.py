@@ -132,7 +132,7 @@ class Signals(Part):
     entries: Positive = 64
     """of `top_k`: tokens kept of a distribution, at most"""
     at_least: float = Field(default=0.0, ge=0, lt=1, strict=False)
-    """of `top_k`: an entry of a smaller probability is not kept, so that a token of which the teacher is sure takes few"""
+    """of `top_k`: entries of a smaller probability are not kept, so that few are where the teacher is sure"""
     threshold: float = Field(default=0.02, gt=0, le=1, strict=False)
     """of `sampled`: a token of at least this probability is kept, others by chance"""
 
