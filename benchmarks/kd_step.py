@@ -6,7 +6,8 @@
 DIR holds `teacher` and `student` (causal language models with one tokenizer) and, for `compare`, `venv` with the
 peers. The load is fixed: batches of 4 conversations of 512 tokens, a fifth of them the assistant's, forward KL, AdamW,
 float32, two threads. The first form prints one JSON line: the median step, the peak memory of the process, the
-supervised tokens of a step, and what of a step is neither forward, backward nor update. `compare` runs both sides in
+supervised tokens of a step, what of a step is neither forward, backward nor update, and what passes between two steps
+(reading signals, collating, and here an epoch's turn), which the peers' clocks leave out too. `compare` runs both sides in
 turn, each in a process of its own, takes the best of the rounds, and prints one JSON line of ratios. SCRIPT measures
 a peer (`SCRIPT DIR PEER --steps N` prints JSON with `step_s` and `peak_mb`).
 """
@@ -92,15 +93,20 @@ def measure(folder: Path, source: str, steps: int) -> None:
             reader = SignalReader(
                 SignalStore(Path(work), {"kind": source}), kind, max(tokenizer.get_vocab().values()) + 1
             )
-        times, inside, supervised = [], [], []
+        times, between, inside, supervised = [], [], [], []
 
         class Clock(TrainerCallback):
+            end = None
+
             def on_step_begin(self, *args, **kwargs):
                 self.start = time.perf_counter()
+                if self.end is not None:
+                    between.append(self.start - self.end)
                 inside.append(0.0)
 
             def on_step_end(self, *args, **kwargs):
-                times.append(time.perf_counter() - self.start)
+                self.end = time.perf_counter()
+                times.append(self.end - self.start)
 
         model = LanguageModel(
             load("student"),
@@ -155,6 +161,7 @@ def measure(folder: Path, source: str, steps: int) -> None:
                 "steps_s": [round(t, 2) for t in times],
                 "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
                 "supervised_tokens": supervised[0],
+                "between_s": round(statistics.median(between), 3),
                 "overhead": round(statistics.median(1 - i / t for i, t in zip(inside, times, strict=True)), 4),
             }
         )

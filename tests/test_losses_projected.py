@@ -143,6 +143,16 @@ def test_terms_add_up():
     assert_all_close(gradients(both.total, hidden, head), gradients(expected, hidden, head))
 
 
+def test_a_second_backward_adds_the_same_gradients_again():
+    hidden, head = normal(10, 4).requires_grad_(), make_head(4, seed=1)
+    total = projected_loss(hidden, head, two_terms(10)).total
+    total.backward(retain_graph=True)
+    once = [tensor.grad.clone() for tensor in (hidden, head.weight)]
+    total.backward()
+    for first, tensor in zip(once, (hidden, head.weight), strict=True):
+        torch.testing.assert_close(tensor.grad, 2 * first)
+
+
 def test_the_students_logits_are_shared():
     class Products(TorchDispatchMode):
         count = 0
@@ -153,7 +163,7 @@ def test_the_students_logits_are_shared():
 
     hidden, head = normal(10, 4).requires_grad_(), make_head(4, seed=1)
     with Products():
-        projected_loss(hidden, head, two_terms(10), chunk_tokens=10)
+        projected_loss(hidden, head, two_terms(10), chunk_tokens=40)
     # logits of student and teacher, gradients of hidden states and weight
     assert Products.count == 4
 

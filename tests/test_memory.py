@@ -71,9 +71,9 @@ def test_the_moments_by_hand():
     update = estimate(SIZES, tokens=1, supervised=1, chunk_tokens=1)
     assert (update.moment, update.optimiser, update.weights) == ("update", 8 * parameters, 4 * parameters)
     assert (update.gradients, update.loss) == (4 * parameters + 4 * 8000, 0)
-    # In chunks of 64, 32 bytes for each of a chunk's logits.
-    loss = estimate(SIZES, tokens=1, supervised=1)
-    assert (loss.moment, loss.gradients, loss.loss) == ("loss", 0, 4 * 8 + 4 * 8000 + 32 * 64 * 1000)
+    # 11 bytes for each of a chunk's logits: 4 of its own, and seven times 4 of a quarter of it.
+    loss = estimate(SIZES, tokens=64, supervised=64, chunk_tokens=64)
+    assert (loss.moment, loss.gradients, loss.loss) == ("loss", 0, 4 * 64 * 8 + 4 * 8000 + 11 * 64 * 1000)
 
 
 def test_what_is_trained_alone_has_gradients_and_means():

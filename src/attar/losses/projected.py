@@ -22,10 +22,13 @@ from attar.losses.terms import ChunkLoss, CrossEntropyTerm, DivergenceTerm, Head
 
 __all__ = ["ProjectedLoss", "projected_cross_entropy", "projected_divergence", "projected_loss"]
 
-CHUNK_TOKENS = 64
-"""Of 32, 64, 128 and 256 the fastest on one CPU core with 32,000 entries (32 is with 152,000). About eight
-[chunk, vocabulary] tensors are alive at a time. An accelerator wants more, as the head's weight is read, and its
-gradient written, once a chunk."""
+CHUNK_TOKENS = 256
+"""Of 64, 128 and 256 the fastest on two CPU cores: the head's weight is read, and its gradient written, once a chunk.
+An accelerator wants more."""
+
+SLICES = 4
+"""What is not a product with the head takes a chunk in so many parts: about seven [chunk / SLICES, vocabulary] tensors
+are alive at a time beside the chunk's logits."""
 
 
 class ProjectedLoss(NamedTuple):
@@ -192,21 +195,27 @@ class _Projected(torch.autograd.Function):
         sums = torch.zeros_like(plan.factors)
         per_token = weights * (plan.factors * plan.coefficients)[:, None]
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in _chunks(len(hidden), plan.chunk_tokens):
+            for chunk in _chunks(0, len(hidden), plan.chunk_tokens):
                 # Cleared here, as an ignored row meets a gradient of 0 in the weight's product, and 0 * NaN is NaN.
-                states = hidden[rows].to(plan.product).masked_fill(ignored[rows, None], 0.0)
-                student = Softened(head.logits(states))
-                upstream = None
-                for number, loss in enumerate(plan.losses):
-                    values, gradient = loss(student, rows)
-                    unused = weights[number, rows] == 0
-                    values = values.to(accumulator).masked_fill(unused, 0.0)
-                    sums[number] += (values * weights[number, rows]).sum()
-                    if backward:
-                        gradient.mul_(per_token[number, rows, None]).masked_fill_(unused[:, None], 0.0)
-                        upstream = gradient if upstream is None else upstream.add_(gradient)
-                if upstream is not None:
-                    _through_head(upstream, student.logits, states, head, rows, gradients)
+                states = hidden[chunk].to(plan.product).masked_fill(ignored[chunk, None], 0.0)
+                logits = head.logits(states)
+                for rows in _chunks(chunk.start, chunk.stop, max(1, plan.chunk_tokens // SLICES)):
+                    student = Softened(logits[rows.start - chunk.start : rows.stop - chunk.start])
+                    upstream = None
+                    for number, loss in enumerate(plan.losses):
+                        values, gradient = loss(student, rows)
+                        unused = weights[number, rows] == 0
+                        values = values.to(accumulator).masked_fill(unused, 0.0)
+                        sums[number] += (values * weights[number, rows]).sum()
+                        if backward:
+                            gradient.mul_(per_token[number, rows, None])
+                            if bool(unused.any()):
+                                gradient.masked_fill_(unused[:, None], 0.0)
+                            upstream = gradient if upstream is None else upstream.add_(gradient)
+                    if upstream is not None:
+                        _to_products(upstream, student.logits, head)
+                if backward:
+                    _through_head(logits, states, head, chunk, gradients)
         means = sums * plan.factors
         ctx.save_for_backward(*gradients)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
@@ -216,22 +225,27 @@ class _Projected(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        # The weight's gradient is as large as the weight: no copy where it is right as it is.
+        as_it_is = bool(output == 1)
         scaled = [
-            None if gradient is None else (gradient * output).to(dtype)
+            None if gradient is None else (gradient if as_it_is else gradient * output).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return *scaled, None, None
 
 
-def _through_head(
-    upstream: Tensor, logits: Tensor, states: Tensor, head: Head, rows: slice, gradients: list[Tensor | None]
-) -> None:
-    """Add a chunk's gradients of hidden states, weight and bias, from that of its logits, which is overwritten."""
+def _to_products(upstream: Tensor, logits: Tensor, head: Head) -> None:
+    """Write the gradient of hidden @ weight.T + bias over the logits, from theirs, which is overwritten."""
     if head.softcap is not None:
-        # d softcap tanh(x / softcap) = 1 - tanh^2. The logits are not needed again.
+        # d softcap tanh(x / softcap) = 1 - tanh^2
         upstream.mul_(logits.div_(head.softcap).square_().neg_().add_(1.0))
     if head.scale != 1:
         upstream.mul_(head.scale)
+    logits.copy_(upstream)
+
+
+def _through_head(upstream: Tensor, states: Tensor, head: Head, rows: slice, gradients: list[Tensor | None]) -> None:
+    """Add a chunk's gradients of hidden states, weight and bias, from that of its products with the head."""
     hidden, weight, bias = gradients
     if bias is not None:
         bias[: head.size] += upstream.sum(dim=0)
@@ -245,6 +259,6 @@ def _through_head(
             weight[: head.size] += upstream.T @ states
 
 
-def _chunks(tokens: int, size: int) -> Iterator[slice]:
-    for start in range(0, tokens, size):
-        yield slice(start, min(start + size, tokens))
+def _chunks(start: int, stop: int, size: int) -> Iterator[slice]:
+    for first in range(start, stop, size):
+        yield slice(first, min(first + size, stop))

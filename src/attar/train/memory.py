@@ -12,7 +12,7 @@ a number in computing:
 
     a layer     l = n (2 (4 + 2 c) w + 2 (q + k) c + 4 f c + 4 h + 8)    two norms, attention (h heads), gated product
     activations = L l + n (4 + c) w + s w c      with checkpoints L n w c in place of L l, and in work l more
-    loss        = 4 s w + 4 V w + max(32 C V, V w b, work)      C tokens a chunk, work = 3 n f c
+    loss        = 4 s w + 4 V w + max(11 C V, V w b, work)      C tokens a chunk, work = 3 n f c
 
 The norms keep their input in float32. The loss makes the gradients of the states and of the head, 4 s w + 4 V w, along
 with its value. Scores of attention are not counted: no [tokens, tokens] matrix is built by the
@@ -23,6 +23,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from typing import Any, Literal
+
+from attar.losses.projected import CHUNK_TOKENS, SLICES
 
 __all__ = ["Decoder", "Memory", "estimate"]
 
@@ -118,7 +120,7 @@ def estimate(
     accumulation: int = 1,
     processes: int = 1,
     sharded: bool = False,
-    chunk_tokens: int = 64,
+    chunk_tokens: int = CHUNK_TOKENS,
     trained: int | None = None,
 ) -> Memory:
     """The highest memory of a training step with AdamW; see the module for the formula.
@@ -176,7 +178,9 @@ def estimate(
     else:
         activations = student.layers * layer + ends
     loss = 4 * supervised * student.width + 4 * table
-    loss += max(32 * chunk_tokens * student.vocabulary, weight_bytes * table, work)
+    # A chunk's logits, and seven parts of a quarter of it, in float32.
+    chunk = min(chunk_tokens, max(supervised, 1))
+    loss += max((4 + 28 // SLICES) * chunk * student.vocabulary, weight_bytes * table, work)
     accumulated = learned // parts if accumulation > 1 and not buckets else 0
     moments = [
         Memory(
