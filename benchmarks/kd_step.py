@@ -3,12 +3,12 @@
     python benchmarks/kd_step.py DIR {live,cached,hidden} [--steps 5]
     python benchmarks/kd_step.py DIR compare [--rounds 5] [--peers SCRIPT]
 
-DIR holds `teacher` and `student` (causal language models with one tokenizer) and, for `compare`, `venv` with the
-peers. The load is fixed: batches of 4 conversations of 512 tokens, a fifth of them the assistant's, forward KL, AdamW,
+DIR holds `teacher` and `student` (causal language models with one tokenizer) and, for `compare`, `venv` with the peers.
+The load is fixed: batches of 4 conversations of 512 tokens, a fifth of them the assistant's, forward KL, AdamW,
 float32, two threads. The first form prints one JSON line: the median step, the peak memory of the process, the
 supervised tokens of a step, what of a step is neither forward, backward nor update, and what passes between two steps
-(reading signals, collating, and here an epoch's turn), which the peers' clocks leave out too. `compare` runs both sides in
-turn, each in a process of its own, takes the best of the rounds, and prints one JSON line of ratios. SCRIPT measures
+(reading signals, collating, and here an epoch's turn), which the peers' clocks leave out too. `compare` runs both sides
+in turn, each in a process of its own, takes the best of the rounds, and prints one JSON line of ratios. SCRIPT measures
 a peer (`SCRIPT DIR PEER --steps N` prints JSON with `step_s` and `peak_mb`).
 """
 
