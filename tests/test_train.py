@@ -84,7 +84,7 @@ def test_weights_do_not_depend_on_how_a_step_is_cut(tmp_path):
 def test_a_loss_that_is_not_a_number_stops_with_the_step(tmp_path):
     data = rows(4)
     data[2]["x"] = torch.full((4,), float("nan"), dtype=torch.float64)
-    with pytest.raises(TrainingError, match="the loss is nan at step 0"):
+    with pytest.raises(TrainingError, match=r"at step 0 in a batch of x \[4, 4\], which holds NaN or inf"):
         trained(tmp_path, 4, 1, data, [Logit()])
 
 

@@ -162,11 +162,16 @@ class DistillationTrainer(Trainer):
         return (loss, values) if return_outputs else loss
 
     def _named(self, inputs: dict[str, Tensor]) -> str:
-        """Which rows a batch has, where it knows."""
+        """Which rows a batch has; where it does not know, its shapes and which of them are not numbers."""
         rows = inputs.get("index")
         examples = getattr(self.train_dataset, "examples", None)
         if rows is None:
-            return ""
+            said = [
+                f"{key} {list(value.shape)}" + ("" if bool(torch.isfinite(value).all()) else ", which holds NaN or inf")
+                for key, value in inputs.items()
+                if isinstance(value, Tensor)
+            ]
+            return f" in a batch of {'; '.join(said)}"
         return " in the batch of " + ", ".join(examples[i].id if examples else f"row {i}" for i in rows.tolist())
 
     def evaluate(
