@@ -22,8 +22,10 @@ __all__ = [
     "Usage",
     "anthropic_body",
     "anthropic_tool",
+    "anthropic_usage",
     "openai_body",
     "openai_tool",
+    "openai_usage",
     "parse_anthropic_message",
     "parse_anthropic_reply",
     "parse_anthropic_request",
@@ -199,10 +201,30 @@ def parse_openai_reply(body: Any) -> Reply:
     return Reply(
         message,
         reason,
-        _openai_usage(body.get("usage")),
+        openai_usage(body),
         str(body.get("model") or ""),
         None if logprobs is None else tuple(logprobs),
     )
+
+
+def openai_usage(body: Any) -> Usage | None:
+    """What a response of ``/v1/chat/completions`` says that it billed; None where it does not say."""
+    usage = body.get("usage") if isinstance(body, dict) else None
+    if not isinstance(usage, dict):
+        return None
+    details = usage.get("prompt_tokens_details")
+    cached = _count(details, "cached_tokens") if isinstance(details, dict) else 0
+    return Usage(_count(usage, "prompt_tokens"), _count(usage, "completion_tokens"), cached)
+
+
+def anthropic_usage(body: Any) -> Usage | None:
+    """What a response of ``/v1/messages`` says that it billed; None where it does not say."""
+    usage = body.get("usage") if isinstance(body, dict) else None
+    if not isinstance(usage, dict):
+        return None
+    written, read = _count(usage, "cache_creation_input_tokens"), _count(usage, "cache_read_input_tokens")
+    prompt = _count(usage, "input_tokens") + written + read
+    return Usage(prompt, _count(usage, "output_tokens"), read, written)
 
 
 def parse_anthropic_reply(body: Any) -> Reply:
@@ -215,13 +237,7 @@ def parse_anthropic_reply(body: Any) -> Reply:
         raise BadRow("malformed", f"a message with a list of blocks is wanted, this is {_shown(body)}")
     message = _assistant(body["content"], "content")
     reason = _finished(body.get("stop_reason"), "stop_reason")
-    usage = body.get("usage")
-    counted = None
-    if isinstance(usage, dict):
-        written, read = _count(usage, "cache_creation_input_tokens"), _count(usage, "cache_read_input_tokens")
-        prompt = _count(usage, "input_tokens") + written + read
-        counted = Usage(prompt, _count(usage, "output_tokens"), read, written)
-    return Reply(message, reason, counted, str(body.get("model") or ""))
+    return Reply(message, reason, anthropic_usage(body), str(body.get("model") or ""))
 
 
 def parse_anthropic_request(body: Any) -> Conversation:
@@ -341,14 +357,6 @@ def _finished(value: Any, where: str) -> FinishReason:
     if value not in _FINISHED:
         raise BadRow("unknown finish reason", f"{where} is {_shown(value)}, known are {', '.join(_FINISHED)}")
     return _FINISHED[value]
-
-
-def _openai_usage(usage: Any) -> Usage | None:
-    if not isinstance(usage, dict):
-        return None
-    details = usage.get("prompt_tokens_details")
-    cached = _count(details, "cached_tokens") if isinstance(details, dict) else 0
-    return Usage(_count(usage, "prompt_tokens"), _count(usage, "completion_tokens"), cached)
 
 
 def _count(row: dict[str, Any], key: str) -> int:

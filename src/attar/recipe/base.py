@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
+    "Budget",
     "Evaluate",
     "MachinePrice",
     "Part",
@@ -19,6 +20,7 @@ __all__ = [
     "Share",
     "ShipIf",
     "TeacherModel",
+    "TokenPrice",
     "Train",
     "absolute",
     "nearest",
@@ -103,15 +105,72 @@ class RunPart(Part):
     """CPU threads of torch; None: as many as the machine has cores"""
 
 
+class TokenPrice(Part):
+    """What a server bills."""
+
+    input_usd_per_million_tokens: float = Field(ge=0, strict=False)
+    output_usd_per_million_tokens: float = Field(ge=0, strict=False)
+    cached_input_usd_per_million_tokens: float | None = Field(default=None, ge=0, strict=False)
+    """as any other input where nothing is said"""
+    batch_share: float = Field(default=1.0, gt=0, le=1, strict=False)
+    """what batch mode bills of these"""
+
+
+class Budget(Part):
+    """What a run may spend on its teacher, over all its starts."""
+
+    usd: float | None = Field(default=None, gt=0, strict=False)
+    """None: no limit"""
+
+
 class TeacherModel(Part):
     """The expensive model."""
 
     model: str
-    """`hf:FOLDER`, `hf:FILE.gguf`, or a class of the user's, `package.module:Class`"""
+    """`hf:FOLDER`, `hf:FILE.gguf`, `gguf:FILE`, `openai:NAME`, `anthropic:NAME`, or a class of the user's,
+    `package.module:Class`"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     licence: str | None = None
     tokens_per_batch: Positive = 512
     """of one forward pass of a model in this process"""
+    base_url: str | None = None
+    """of the server that speaks the provider's protocol; None: the provider's own"""
+    api_key_env: str | None = None
+    """environment variable that holds the key; None: the provider's usual one at the provider, no key elsewhere"""
+    max_tokens: Positive | None = None
+    """of one answer, reasoning included; what a call can cost at most follows from it"""
+    timeout_s: float = Field(default=120.0, gt=0, strict=False)
+    """of one attempt"""
+    total_timeout_s: float = Field(default=1800.0, gt=0, strict=False)
+    """of one request, all attempts and waits between them included"""
+    concurrency: Positive = 64
+    """requests in flight, at most; how many there are follows from what the server bears"""
+    batch: bool = False
+    """send requests in the provider's batch mode: cheaper, answered within a day"""
+    price: TokenPrice | None = None
+    """None: the list price at the provider"""
+
+    @model_validator(mode="after")
+    def _of_a_server(self) -> Self:
+        scheme = self.model.partition(":")[0]
+        if scheme not in ("openai", "anthropic"):
+            defaults = TeacherModel.model_construct(model="")
+            for key in (
+                "base_url",
+                "api_key_env",
+                "timeout_s",
+                "total_timeout_s",
+                "concurrency",
+                "batch",
+                "price",
+            ):
+                if getattr(self, key) != getattr(defaults, key):
+                    raise ValueError(f"teacher.{key} belongs to openai:NAME and anthropic:NAME, not to {self.model}")
+        if self.batch and scheme != "openai":
+            raise ValueError(f"teacher.batch: true needs openai:NAME, teacher.model is {self.model}")
+        if self.total_timeout_s < self.timeout_s:
+            raise ValueError(f"teacher.total_timeout_s is {self.total_timeout_s}, less than timeout_s {self.timeout_s}")
+        return self
 
 
 class Recipe(Part):
@@ -123,6 +182,7 @@ class Recipe(Part):
     teacher: TeacherModel
     train: Train
     evaluate: Evaluate
+    budget: Budget = Budget()
     run: RunPart = RunPart()
 
     def dump(self) -> dict[str, Any]:

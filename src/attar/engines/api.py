@@ -1,0 +1,225 @@
+"""Teachers behind an API: ``openai:NAME``, ``anthropic:NAME``, any server that speaks one of the two protocols."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from attar.data.wire import Reply, Usage
+from attar.engines.base import Answer, Capability, ChatRequest, Failure, TokenLogprobs
+from attar.engines.flow import Flow, Job, Limits
+from attar.engines.ledger import Ledger
+from attar.engines.outcomes import request_key
+from attar.engines.prices import Price, list_price, stated_price
+from attar.engines.servers import Connection, Server
+from attar.errors import CapabilityError, ModelError, RecipeError
+from attar.recipe.base import Recipe, TeacherModel
+
+__all__ = ["ApiEngine", "Estimate", "load_api", "server_of"]
+
+# What a template, or the provider, may add to a prompt beyond the words in the request, in tokens.
+_ADDED_TOKENS = 512
+_ADDED_WITH_TOOLS = 2048
+# Bytes of English text in a token, at most, of common tokenizers: for the low end of an estimate.
+_MOST_BYTES_A_TOKEN = 6
+_KEYS = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What requests would take, before anything is sent: (least, most)."""
+
+    calls: int
+    """to be sent; requests that the ledger holds are free"""
+    stored: int
+    """that the ledger holds"""
+    prompt_tokens: tuple[int, int]
+    completion_tokens: tuple[int, int]
+    usd: tuple[float, float] | None
+    """None where no price is known"""
+
+
+class ApiEngine:
+    """A model behind an API.
+
+    Args:
+        server: whom to ask.
+        limits: how.
+        price: of its tokens; None where it is not known.
+        ledger: where answers and spend are kept; None to keep none, as for a measurement of speed.
+    """
+
+    def __init__(
+        self, server: Server, limits: Limits, *, price: Price | None = None, ledger: Ledger | None = None
+    ) -> None:
+        if price is None and ledger is not None and ledger.budget_usd is not None:
+            raise RecipeError(
+                f"budget.usd is {ledger.budget_usd}, and no price of {server.protocol}:{server.model} at "
+                f"{server.address} is known; state teacher.price (input_usd_per_million_tokens, "
+                "output_usd_per_million_tokens; both 0 for a server of your own), or leave the budget out"
+            )
+        self.server, self.limits, self.price, self.ledger = server, limits, price, ledger
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """What the protocol has; whether a server of another make has it too shows at its first answer."""
+        return self.server.capabilities
+
+    @property
+    def parameters(self) -> None:
+        """Providers do not say."""
+        return None
+
+    def chat(self, requests: Iterable[ChatRequest]) -> Iterator[tuple[int, Answer | Failure]]:
+        """Answer requests, many at a time; see :class:`attar.engines.base.ChatEngine`."""
+        flow = Flow(
+            lambda: Connection(self.server, connections=self.limits.concurrency, timeout_s=self.limits.timeout_s),
+            self._read,
+            lambda job, usage: self.cost_usd(usage),
+            self.limits,
+            self.ledger,
+        )
+        window = 2 * self.limits.concurrency + 16
+        source = enumerate(requests)
+        inside, more = 0, True
+        try:
+            while True:
+                while more and inside < window:
+                    drawn = next(source, None)
+                    if drawn is None:
+                        more = False
+                    else:
+                        flow.submit(self.job(*drawn))
+                        inside += 1
+                if not inside:
+                    return
+                result = flow.results.get()
+                if isinstance(result, BaseException):
+                    raise result
+                inside -= 1
+                yield result
+        finally:
+            flow.stop()
+
+    def estimate(self, requests: Iterable[ChatRequest]) -> Estimate:
+        """What requests would take; sends nothing.
+
+        The most is what the budget reserves: a token for every byte of the request, and answers of ``max_tokens``. The
+        least is a token for six bytes, and answers of one token.
+        """
+        calls = stored = prompt_least = prompt_most = written = 0
+        for index, request in enumerate(requests):
+            job = self.job(index, request)
+            if self.ledger is not None and self.ledger.get(job.key) is not None:
+                stored += 1
+                continue
+            calls += 1
+            prompt_most += job.prompt_tokens
+            prompt_least += sum(len(m.content.encode()) for m in request.messages) // _MOST_BYTES_A_TOKEN
+            written += request.max_tokens
+        usd = None
+        if self.price is not None:
+            least = self.price.cost_usd(Usage(prompt_least, calls))
+            usd = (least, self.price.most_usd(prompt_most, written))
+        return Estimate(calls, stored, (prompt_least, prompt_most), (calls, written), usd)
+
+    def job(self, index: int, request: ChatRequest) -> Job:
+        """A request with its key and the most that it can cost.
+
+        Raises:
+            CapabilityError: the server cannot give what it asks for.
+        """
+        body = self.server.body(request)
+        key, size = request_key(self.server.identity, body, request.sample)
+        # No tokenizer of bytes makes more tokens than there are bytes.
+        prompt_tokens = size + (_ADDED_WITH_TOOLS if request.tools else _ADDED_TOKENS)
+        most = 0.0 if self.price is None else self.price.most_usd(prompt_tokens, request.max_tokens)
+        return Job(index, request, body, key, prompt_tokens, most)
+
+    def cost_usd(self, usage: Usage | None) -> float | None:
+        """What a call cost by what the server billed."""
+        return None if self.price is None or usage is None else self.price.cost_usd(usage)
+
+    def _read(self, job: Job, reply: Reply) -> Answer | Failure:
+        # A server that does not say what it billed is charged at the most.
+        usd = job.most_usd if self.price is not None and reply.usage is None else self.cost_usd(reply.usage)
+        text = reply.message.content
+        if job.request.schema is not None and reply.finish_reason == "stop" and not _is_json(text):
+            return Failure("not json", f"a JSON text was asked for, the answer is {text[:500]!r}", True, usd)
+        if job.request.top_logprobs is not None and reply.logprobs is None and text:
+            raise CapabilityError(
+                f"{self.server.protocol}:{self.server.model} at {self.server.address} was asked for top_logprobs and "
+                "gives none; use a server that has them, or ask without"
+            )
+        usage = reply.usage or Usage(0, 0)
+        return Answer(
+            message=reply.message,
+            finish_reason=reply.finish_reason,
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            cached_tokens=usage.cached_tokens,
+            model=reply.model,
+            usd=usd,
+            top_logprobs=_records(reply) if job.request.top_logprobs is not None else None,
+        )
+
+
+def server_of(teacher: TeacherModel) -> Server:
+    """The server that a recipe's teacher stands behind.
+
+    Raises:
+        ModelError: its key is not in the environment.
+    """
+    scheme, _, model = teacher.model.partition(":")
+    if scheme not in ("openai", "anthropic") or not model:
+        raise ModelError(f"teacher.model: {teacher.model} is neither openai:NAME nor anthropic:NAME")
+    protocol: Literal["openai", "anthropic"] = "openai" if scheme == "openai" else "anthropic"
+    variable = teacher.api_key_env or (_KEYS[scheme] if teacher.base_url is None else None)
+    if variable is None:
+        # The key of one provider is nothing to show to another's server.
+        return Server(protocol, model, teacher.base_url, "none", "nowhere (teacher.api_key_env is not set)")
+    key = os.environ.get(variable, "")
+    if not key:
+        raise ModelError(f"{teacher.model} needs a key in the environment variable {variable}, which is not set")
+    return Server(protocol, model, teacher.base_url, key, variable)
+
+
+def load_api(recipe: Recipe) -> ApiEngine:
+    """The engine of a recipe whose teacher is behind an API; its ledger stands in the run folder.
+
+    Raises:
+        MissingExtra: the provider's client is not installed.
+        ModelError: the key is not in the environment.
+        RecipeError: a budget is set, and no price is known.
+    """
+    teacher = recipe.teacher
+    server = server_of(teacher)
+    server.client(sync=True).close()
+    price = stated_price(teacher.price) if teacher.price is not None else None
+    if price is None and teacher.base_url is None:
+        price = list_price(server.protocol, server.model)
+    limits = Limits(teacher.concurrency, teacher.timeout_s, teacher.total_timeout_s)
+    ledger = Ledger(recipe.folder / "ledger.sqlite", budget_usd=recipe.budget.usd)
+    return ApiEngine(server, limits, price=price, ledger=ledger)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _records(reply: Reply) -> tuple[TokenLogprobs, ...]:
+    return tuple(
+        TokenLogprobs(
+            record["token"],
+            float(record["logprob"]),
+            tuple((other["token"], float(other["logprob"])) for other in record.get("top_logprobs") or ()),
+        )
+        for record in reply.logprobs or ()
+    )
