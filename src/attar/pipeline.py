@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from attar import __version__
-from attar.engines.load import teacher_files
+from attar.engines.load import teacher_fingerprint
 from attar.errors import RunError, UsageError
 from attar.progress import Progress, Silent
 from attar.recipe import Recipe
@@ -53,7 +53,7 @@ def _fingerprint(stage: Stage, recipe: Recipe, run: Run) -> dict[str, Any]:
             part.pop(key)
             inputs[key] = run.fingerprint_path(path) if path.is_file() else "absent"
     if stage.teacher:
-        inputs["teacher.model"] = run.fingerprint_path(teacher_files(recipe))
+        inputs["teacher.model"] = teacher_fingerprint(recipe, run)
     return {"recipe": part, "inputs": inputs, "version": __version__}
 
 

@@ -37,8 +37,9 @@ class Stage:
         return counts
 
 
+_ANSWERED = ("teacher.samples", "teacher.constrained", "teacher.max_tokens")
 _MACHINE = ("run.device", "run.threads")
-_ASKED = ("data.labels", "teacher.prompts", "teacher.label_words", "teacher.length", "teacher.dtype")
+_ASKED = ("data.labels", "teacher.prompts", "teacher.label_words", "teacher.length", "teacher.dtype", *_ANSWERED)
 _REPORT = Stage("report", "attar.evaluate.report:report", (), ("evaluate",), ("report",))
 
 _CLASSIFY = (

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from attar.data.wire import Reply, Usage
 from attar.engines.base import Answer, Capability, ChatRequest, Failure, TokenLogprobs
+from attar.engines.batches import Batches
 from attar.engines.flow import Flow, Job, Limits
 from attar.engines.ledger import Ledger
 from attar.engines.outcomes import request_key
@@ -18,7 +21,7 @@ from attar.engines.servers import Connection, Server
 from attar.errors import CapabilityError, ModelError, RecipeError
 from attar.recipe.base import Recipe, TeacherModel
 
-__all__ = ["ApiEngine", "Estimate", "load_api", "server_of"]
+__all__ = ["ApiEngine", "Estimate", "ledger_path", "load_api", "price_of", "server_of"]
 
 # What a template, or the provider, may add to a prompt beyond the words in the request, in tokens.
 _ADDED_TOKENS = 512
@@ -50,10 +53,19 @@ class ApiEngine:
         limits: how.
         price: of its tokens; None where it is not known.
         ledger: where answers and spend are kept; None to keep none, as for a measurement of speed.
+        batch: use the provider's batch mode; it needs a ledger.
+        fresh: ask everything anew, and count it: for measurements of speed, which a stored answer would falsify.
     """
 
     def __init__(
-        self, server: Server, limits: Limits, *, price: Price | None = None, ledger: Ledger | None = None
+        self,
+        server: Server,
+        limits: Limits,
+        *,
+        price: Price | None = None,
+        ledger: Ledger | None = None,
+        batch: bool = False,
+        fresh: bool = False,
     ) -> None:
         if price is None and ledger is not None and ledger.budget_usd is not None:
             raise RecipeError(
@@ -61,7 +73,10 @@ class ApiEngine:
                 f"{server.address} is known; state teacher.price (input_usd_per_million_tokens, "
                 "output_usd_per_million_tokens; both 0 for a server of your own), or leave the budget out"
             )
-        self.server, self.limits, self.price, self.ledger = server, limits, price, ledger
+        if batch and ledger is None:
+            raise ValueError("batch mode keeps its batches in a ledger, and there is none")
+        self.server, self.limits, self.price, self.ledger, self.batch = server, limits, price, ledger, batch
+        self._fresh = fresh
 
     @property
     def capabilities(self) -> frozenset[Capability]:
@@ -75,10 +90,21 @@ class ApiEngine:
 
     def chat(self, requests: Iterable[ChatRequest]) -> Iterator[tuple[int, Answer | Failure]]:
         """Answer requests, many at a time; see :class:`attar.engines.base.ChatEngine`."""
+        if self.batch and self.ledger is not None:
+            batches = Batches(
+                self.server,
+                self.ledger,
+                self._read,
+                self.cost_usd,
+                timeout_s=self.limits.timeout_s,
+                total_timeout_s=self.limits.total_timeout_s,
+            )
+            yield from batches.chat(self.job(index, request) for index, request in enumerate(requests))
+            return
         flow = Flow(
             lambda: Connection(self.server, connections=self.limits.concurrency, timeout_s=self.limits.timeout_s),
             self._read,
-            lambda job, usage: self.cost_usd(usage),
+            self.cost_usd,
             self.limits,
             self.ledger,
         )
@@ -122,8 +148,8 @@ class ApiEngine:
             written += request.max_tokens
         usd = None
         if self.price is not None:
-            least = self.price.cost_usd(Usage(prompt_least, calls))
-            usd = (least, self.price.most_usd(prompt_most, written))
+            least = self.price.cost_usd(Usage(prompt_least, calls), batch=self.batch)
+            usd = (least, self.price.most_usd(prompt_most, written, batch=self.batch))
         return Estimate(calls, stored, (prompt_least, prompt_most), (calls, written), usd)
 
     def job(self, index: int, request: ChatRequest) -> Job:
@@ -134,18 +160,21 @@ class ApiEngine:
         """
         body = self.server.body(request)
         key, size = request_key(self.server.identity, body, request.sample)
+        if self._fresh:
+            key = f"fresh {uuid.uuid4().hex}"
         # No tokenizer of bytes makes more tokens than there are bytes.
         prompt_tokens = size + (_ADDED_WITH_TOOLS if request.tools else _ADDED_TOKENS)
-        most = 0.0 if self.price is None else self.price.most_usd(prompt_tokens, request.max_tokens)
+        most = 0.0 if self.price is None else self.price.most_usd(prompt_tokens, request.max_tokens, batch=self.batch)
         return Job(index, request, body, key, prompt_tokens, most)
 
-    def cost_usd(self, usage: Usage | None) -> float | None:
-        """What a call cost by what the server billed."""
-        return None if self.price is None or usage is None else self.price.cost_usd(usage)
+    def cost_usd(self, usage: Usage) -> float | None:
+        """What a call cost by what the server billed; None where no price is known."""
+        return None if self.price is None else self.price.cost_usd(usage, batch=self.batch)
 
     def _read(self, job: Job, reply: Reply) -> Answer | Failure:
         # A server that does not say what it billed is charged at the most.
-        usd = job.most_usd if self.price is not None and reply.usage is None else self.cost_usd(reply.usage)
+        known = None if self.price is None else job.most_usd
+        usd = known if reply.usage is None else self.cost_usd(reply.usage)
         text = reply.message.content
         if job.request.schema is not None and reply.finish_reason == "stop" and not _is_json(text):
             return Failure("not json", f"a JSON text was asked for, the answer is {text[:500]!r}", True, usd)
@@ -187,8 +216,26 @@ def server_of(teacher: TeacherModel) -> Server:
     return Server(protocol, model, teacher.base_url, key, variable)
 
 
-def load_api(recipe: Recipe) -> ApiEngine:
+def price_of(teacher: TeacherModel) -> Price | None:
+    """What the teacher's tokens cost: by the recipe, else the list price at the provider itself."""
+    if teacher.price is not None:
+        return stated_price(teacher.price)
+    scheme, _, model = teacher.model.partition(":")
+    return list_price(scheme, model) if teacher.base_url is None else None
+
+
+def ledger_path(recipe: Recipe) -> Path:
+    """Where a run keeps answers and spend."""
+    return recipe.folder / "ledger.sqlite"
+
+
+def load_api(recipe: Recipe, *, fresh: bool = False, dry: bool = False) -> ApiEngine:
     """The engine of a recipe whose teacher is behind an API; its ledger stands in the run folder.
+
+    Args:
+        recipe: names the teacher, its limits and the budget.
+        fresh: see :class:`ApiEngine`; batch mode is off then, since it has no speed.
+        dry: for an estimate: nothing is written.
 
     Raises:
         MissingExtra: the provider's client is not installed.
@@ -198,12 +245,11 @@ def load_api(recipe: Recipe) -> ApiEngine:
     teacher = recipe.teacher
     server = server_of(teacher)
     server.client(sync=True).close()
-    price = stated_price(teacher.price) if teacher.price is not None else None
-    if price is None and teacher.base_url is None:
-        price = list_price(server.protocol, server.model)
     limits = Limits(teacher.concurrency, teacher.timeout_s, teacher.total_timeout_s)
-    ledger = Ledger(recipe.folder / "ledger.sqlite", budget_usd=recipe.budget.usd)
-    return ApiEngine(server, limits, price=price, ledger=ledger)
+    path = ledger_path(recipe)
+    ledger = Ledger(path, budget_usd=recipe.budget.usd) if path.exists() or not dry else None
+    batch = teacher.batch and not fresh and ledger is not None
+    return ApiEngine(server, limits, price=price_of(teacher), ledger=ledger, batch=batch, fresh=fresh)
 
 
 def _is_json(text: str) -> bool:

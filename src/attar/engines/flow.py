@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from attar.data.wire import Reply
+from attar.data.wire import Reply, Usage
 from attar.engines.base import Answer, ChatRequest, Failure
 from attar.engines.ledger import Claim, Ending, Ledger, Over, Stored, Taken
 from attar.engines.outcomes import from_json, to_json
@@ -80,7 +80,7 @@ class Flow:
         connect: opens a connection; called in the flow's own thread.
         read: makes an answer, or a failure of its own, of a job and its reply; may raise an ``AttarError``, which ends
             the flow.
-        cost: what a job's usage cost, in USD; None where no price is known.
+        cost: what such a usage cost, in USD; None where no price is known.
         limits: how the server is asked.
         ledger: where answers are kept; None to keep none.
     """
@@ -89,7 +89,7 @@ class Flow:
         self,
         connect: Callable[[], _Connection],
         read: Callable[[Job, Reply], Answer | Failure],
-        cost: Callable[[Job, Any], float | None],
+        cost: Callable[[Usage], float | None],
         limits: Limits,
         ledger: Ledger | None,
     ) -> None:
@@ -282,7 +282,9 @@ class Flow:
             self._allowed = min(self._allowed + step, float(self._limits.concurrency))
         self._finish(job, outcome, usage=reply.usage)
 
-    def _finish(self, job: Job, outcome: Answer | Failure | None, *, usage: Any = None, lost: bool = False) -> None:
+    def _finish(
+        self, job: Job, outcome: Answer | Failure | None, *, usage: Usage | None = None, lost: bool = False
+    ) -> None:
         """End a job's claim; a kept outcome is handed on once it is stored."""
         kept = outcome is not None and (isinstance(outcome, Answer) or outcome.final)
         ending = None
@@ -312,7 +314,7 @@ class Flow:
             self._finish(job, None, lost=lost)
         elif trouble.next == "final":
             usage = None if isinstance(trouble.billed, str) else trouble.billed
-            usd = (job.most_usd if lost else 0.0) if usage is None else self._cost(job, usage)
+            usd = (job.most_usd if lost else 0.0) if usage is None else self._cost(usage)
             self._finish(job, Failure(trouble.reason, trouble.detail, True, usd), usage=usage)
         elif trouble.next == "give up":
             self._refused += 1

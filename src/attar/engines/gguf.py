@@ -122,6 +122,11 @@ class GgufEngine:
         """Text and log-probabilities of given continuations."""
         return frozenset({"text", "scores"})
 
+    @property
+    def address(self) -> str:
+        """Where its server listens, on this machine only."""
+        return str(self._server.listening_address)
+
     def complete(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
         """Continue each prompt greedily."""
         completions = []
@@ -188,9 +193,7 @@ class GgufEngine:
     def tokenize(self, text: str) -> list[int]:
         """What llama.cpp's own tokenizer makes of a text in which nothing is a control token."""
         body = json.dumps({"content": text, "add_special": False, "parse_special": False}).encode()
-        request = urllib.request.Request(
-            f"{self._server.listening_address}/tokenize", body, {"Content-Type": "application/json"}
-        )
+        request = urllib.request.Request(f"{self.address}/tokenize", body, {"Content-Type": "application/json"})
         # This machine, whatever proxy the environment names.
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as response:
             return [int(i) for i in json.load(response)["tokens"]]

@@ -7,14 +7,18 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from attar.engines.base import Engine
-from attar.errors import ModelError
-from attar.recipe import Recipe
+from attar.engines.base import ChatEngine, Engine
+from attar.errors import ModelError, RecipeError
+from attar.recipe import ClassifyRecipe, Recipe
+from attar.workspace import Run, digest
 
-__all__ = ["load_teacher", "teacher_files"]
+__all__ = ["load_chat_teacher", "load_teacher", "teacher_files", "teacher_fingerprint"]
+
+_PROVIDERS = ("openai", "anthropic")
 
 
-def _hugging_face(recipe: Recipe) -> Engine:
+def _hugging_face(recipe: Recipe, fresh: bool) -> Engine:
+    del fresh
     from attar.engines.local import load_local, resolve_device
 
     teacher = recipe.teacher
@@ -26,33 +30,112 @@ def _hugging_face(recipe: Recipe) -> Engine:
     )
 
 
-_OPENERS: dict[str, Callable[[Recipe], Engine]] = {"hf": _hugging_face}
+def _llama(recipe: Recipe, fresh: bool) -> Engine:
+    from attar.engines.gguf import load_gguf
+
+    del fresh
+    return load_gguf(recipe.teacher.model, threads=recipe.run.threads)
 
 
-def load_teacher(recipe: Recipe) -> Engine:
-    """Load the recipe's teacher: ``hf:...`` or the user's own ``package.module:Class``, made without arguments.
+def _api(recipe: Recipe, fresh: bool) -> Engine:
+    from attar.engines.api import load_api
+    from attar.engines.labels import LabelEngine
+
+    teacher = recipe.teacher
+    if not isinstance(recipe, ClassifyRecipe):
+        raise ModelError(
+            f"teacher.model: task {recipe.task} learns from a model's weights, and {teacher.model} shows none; name a "
+            "folder, hf:FOLDER, or let the teacher write the answers first, into data.train"
+        )
+    engine = load_api(recipe, fresh=fresh)
+    if engine.price is None:
+        raise RecipeError(
+            f"teacher.price: no price of {teacher.model} at {engine.server.address} is known, and the report compares "
+            "costs; state input_usd_per_million_tokens and output_usd_per_million_tokens"
+        )
+    return LabelEngine(
+        engine,
+        samples=recipe.teacher.samples,
+        constrained=recipe.teacher.constrained,
+        max_tokens=teacher.max_tokens,
+    )
+
+
+_OPENERS: dict[str, Callable[[Recipe, bool], Engine]] = {
+    "hf": _hugging_face,
+    "gguf": _llama,
+    "openai": _api,
+    "anthropic": _api,
+}
+
+
+def load_teacher(recipe: Recipe, *, fresh: bool = False) -> Engine:
+    """Load the recipe's teacher: by its scheme, or the user's own ``package.module:Class``, made without arguments.
+
+    Args:
+        recipe: names it.
+        fresh: ask a teacher behind an API anew, whatever its ledger holds: for measurements of speed.
 
     Raises:
         ModelError: there is no such model or class, or the class is no engine.
     """
-    name = recipe.teacher.model
-    scheme, _, rest = name.partition(":")
+    scheme = recipe.teacher.model.partition(":")[0]
     if scheme in _OPENERS:
-        return _OPENERS[scheme](recipe)
+        return _OPENERS[scheme](recipe, fresh)
+    made = _users_own(recipe)
+    if not isinstance(made, Engine):
+        raise ModelError(f"teacher.model: {recipe.teacher.model} is no engine; it needs {_members(Engine)}")
+    return made
+
+
+def load_chat_teacher(recipe: Recipe) -> ChatEngine:
+    """Load the recipe's teacher to continue conversations: behind an API, in llama.cpp, or the user's own class.
+
+    Raises:
+        ModelError: there is no such model or class, or it continues no conversations.
+    """
+    scheme = recipe.teacher.model.partition(":")[0]
+    if scheme in _PROVIDERS:
+        from attar.engines.api import load_api
+
+        return load_api(recipe)
+    if scheme == "gguf":
+        from attar.engines.gguf_chat import load_gguf_chat
+
+        return load_gguf_chat(recipe)
+    if scheme in _OPENERS:
+        raise ModelError(
+            f"teacher.model: {recipe.teacher.model} continues no conversations here (sampling and tool calls are "
+            "missing); export it to GGUF and name it gguf:FILE, or serve it and name it openai:NAME with "
+            "teacher.base_url"
+        )
+    made = _users_own(recipe)
+    if not isinstance(made, ChatEngine):
+        raise ModelError(f"teacher.model: {recipe.teacher.model} is no chat engine; it needs {_members(ChatEngine)}")
+    return made
+
+
+def _users_own(recipe: Recipe) -> object:
+    name = recipe.teacher.model
+    module, _, rest = name.partition(":")
     try:
-        made = getattr(importlib.import_module(scheme), rest)()
+        return getattr(importlib.import_module(module), rest)()
     except (ImportError, AttributeError, ValueError) as error:
         raise ModelError(
             f"teacher.model: {name!r} is neither {', '.join(f'{s}:...' for s in _OPENERS)} "
             f"nor a class package.module:Class ({error})"
         ) from error
-    if not isinstance(made, Engine):
-        raise ModelError(f"teacher.model: {name} is no engine; it needs {', '.join(sorted(_members()))}")
-    return made
 
 
-def _members() -> set[str]:
-    return {name for name in vars(Engine) if not name.startswith("_")}
+def _members(protocol: type) -> str:
+    return ", ".join(sorted(name for name in vars(protocol) if not name.startswith("_")))
+
+
+def teacher_fingerprint(recipe: Recipe, run: Run) -> str:
+    """What identifies the teacher: the hash of its files, or of its name and address where it is behind an API."""
+    if recipe.teacher.model.partition(":")[0] in _PROVIDERS:
+        return digest({"model": recipe.teacher.model, "base_url": recipe.teacher.base_url})
+    return run.fingerprint_path(teacher_files(recipe))
 
 
 def teacher_files(recipe: Recipe) -> Path:
@@ -62,6 +145,8 @@ def teacher_files(recipe: Recipe) -> Path:
         ModelError: there is nothing at that place.
     """
     scheme, _, rest = recipe.teacher.model.partition(":")
+    if scheme in _PROVIDERS:
+        raise ModelError(f"teacher.model: {recipe.teacher.model} is behind an API and has no files here")
     if scheme in _OPENERS:
         path = Path(rest).expanduser()
         if path.exists():

@@ -79,6 +79,8 @@ class Server:
     api_key: str
     key_source: str
     """where the key came from, for messages"""
+    place: str | None = None
+    """stands for the address in a request's key, where the address changes and the model behind it does not"""
 
     @property
     def address(self) -> str:
@@ -89,7 +91,7 @@ class Server:
     @property
     def identity(self) -> str:
         """Protocol and address, as they stand in a request's key."""
-        return f"{self.protocol} {self.address}"
+        return f"{self.protocol} {self.place or self.address}"
 
     @property
     def capabilities(self) -> frozenset[Capability]:

@@ -13,6 +13,8 @@ import numpy.typing as npt
 from scipy.special import log_softmax
 
 from attar.data.files import read_jsonl
+from attar.engines.api import ledger_path
+from attar.engines.ledger import Ledger, Spend
 from attar.engines.load import teacher_files
 from attar.evaluate import evidence, stats, verdict
 from attar.evaluate.confidence import expected_calibration_error, reliability, risk_coverage
@@ -157,13 +159,16 @@ def evaluate(recipe: ClassifyRecipe, run: Run) -> dict[str, Any]:
         speeds[arm] = _speed(recipe, run, arm, places[0], calibration, test.texts)
         api = tokens_a_request if arm == "teacher" and settings.teacher_api else None
         costs[arm] = verdict.cost_per_request(settings, speeds[arm]["seconds_a_request"], api)
+        if arm == "teacher" and (billed := _billed(recipe)) is not None:
+            calls = len(recipe.teacher.prompts) * (recipe.teacher.samples or 1)
+            costs[arm] = [calls * billed.usd / max(billed.calls, 1)] * len(costs[arm])
         quality = stats.mean_estimate(scores[arm], **bootstrap)
         arms[arm] = {
             "quality": {"metric": "accuracy", **quality.to_json(), "n": len(test.texts)},
             "macro_f1": float(np.mean([macro_f1(test.gold, names, labels) for names in predicted[arm]])),
             "per_class": per_class(test.gold, predicted[arm][0], labels),
             **evidence.speed_record(recipe, speeds[arm], costs[arm]),
-            "size_mb": evidence.size_mb(places[0] or teacher_files(recipe)),
+            "size_mb": _size_mb(recipe, places[0]),
             "seeds": [
                 {"seed": seed, "quality": float(score.mean())}
                 for seed, score in zip(
@@ -183,6 +188,9 @@ def evaluate(recipe: ClassifyRecipe, run: Run) -> dict[str, Any]:
     if settings.teacher_api:
         asked = run.stages["score"]["counts"]["examples"]
         labelling = asked * verdict.cost_per_request(settings, [0.0], score_tokens / max(asked, 1))[0]
+    billed = _billed(recipe)
+    if billed is not None:
+        labelling = billed.usd + billed.lost_usd
     one_off = labelling + settings.machine.usd_per_hour / 3600 * seconds["train"]
     counts = dict(run.stages["curate"]["counts"])
     evaluation: dict[str, Any] = {
@@ -216,8 +224,9 @@ def evaluate(recipe: ClassifyRecipe, run: Run) -> dict[str, Any]:
         "data": {split: counts[split] for split in ("train", "val", "dev", "calibration", "test")}
         | {"dropped": counts["dropped"]},
         "spend": {
-            "teacher_usd": labelling if settings.teacher_api else 0.0,
+            "teacher_usd": labelling if settings.teacher_api or billed is not None else 0.0,
             "calls": len(recipe.teacher.prompts)
+            * (recipe.teacher.samples or 1)
             * (run.stages["score"]["counts"]["examples"] + len(test.texts) + len(held.texts)),
             "tokens": score_tokens + spent_tokens,
         },
@@ -227,6 +236,28 @@ def evaluate(recipe: ClassifyRecipe, run: Run) -> dict[str, Any]:
     }
     write_json(run.path("evaluate", "evaluation.json"), evaluation)
     return {"verdict": evaluation["verdict"]}
+
+
+def _behind_api(recipe: ClassifyRecipe) -> bool:
+    return recipe.teacher.model.partition(":")[0] in ("openai", "anthropic")
+
+
+def _billed(recipe: ClassifyRecipe) -> Spend | None:
+    """What a teacher behind an API has billed so far; None for one in this process."""
+    if not _behind_api(recipe):
+        return None
+    ledger = Ledger(ledger_path(recipe))
+    try:
+        return ledger.spend()
+    finally:
+        ledger.close()
+
+
+def _size_mb(recipe: ClassifyRecipe, folder: Path | None) -> float | None:
+    """Of an arm's files; None where the teacher has none here."""
+    if folder is None and _behind_api(recipe):
+        return None
+    return evidence.size_mb(folder or teacher_files(recipe))
 
 
 def _disagreements(
@@ -258,7 +289,8 @@ def _disagreements(
 
 def _about(recipe: ClassifyRecipe, arm: str) -> str:
     teacher, student = recipe.teacher, recipe.student
-    scripted = "" if teacher.model.startswith("hf:") else "scripted or user-made engine, "
+    known = teacher.model.startswith(("hf:", "gguf:", "openai:", "anthropic:"))
+    scripted = "" if known else "scripted or user-made engine, "
     return {
         "teacher": f"{scripted}{teacher.model}, {len(teacher.prompts)} prompt(s), calibration {teacher.calibration}",
         "baseline": "TF-IDF and logistic regression on the teacher's hard labels",

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from attar import __version__
-from attar.engines.load import teacher_files
+from attar.engines.load import teacher_fingerprint
 from attar.evaluate import stats, verdict
 from attar.recipe import Recipe
 from attar.workspace import Run, write_json
@@ -149,7 +149,7 @@ def provenance(recipe: Recipe, run: Run, student: str, licence: str | None, pack
         "student": student,
         "licences": sorted({x for x in (recipe.teacher.licence, licence) if x}) or ["not stated"],
         "hashes": {
-            "teacher": run.fingerprint_path(teacher_files(recipe)),
+            "teacher": teacher_fingerprint(recipe, run),
             **{name: outputs[f"data/{name}.jsonl"] for name in ("train", "val", "test")},
         },
         "versions": versions,

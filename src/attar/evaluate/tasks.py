@@ -36,8 +36,8 @@ class Arm(Protocol):
 
 
 class _TeacherArm:
-    def __init__(self, recipe: ClassifyRecipe, calibration: Calibration) -> None:
-        self.engine = load_teacher(recipe)
+    def __init__(self, recipe: ClassifyRecipe, calibration: Calibration, fresh: bool) -> None:
+        self.engine = load_teacher(recipe, fresh=fresh)
         self._question = LabelQuestion(recipe)
         self._calibration = calibration
 
@@ -56,11 +56,18 @@ class _ClassifierArm:
         return scores.log_probs.astype(np.float64), int(scores.prompt_tokens.sum())
 
 
-def open_arm(recipe: ClassifyRecipe, folder: Path | None, calibration: dict[str, Any]) -> Arm:
-    """Load an arm: a trained classifier from its folder, or the teacher (``folder`` None) with its calibration."""
+def open_arm(recipe: ClassifyRecipe, folder: Path | None, calibration: dict[str, Any], *, fresh: bool = False) -> Arm:
+    """Load an arm: a trained classifier from its folder, or the teacher (``folder`` None) with its calibration.
+
+    Args:
+        recipe: the job.
+        folder: of the classifier.
+        calibration: of the teacher.
+        fresh: ask a teacher behind an API anew, as a measurement of speed has to.
+    """
     if folder is not None:
         return _ClassifierArm(recipe, folder)
-    return _TeacherArm(recipe, Calibration.from_json(calibration))
+    return _TeacherArm(recipe, Calibration.from_json(calibration), fresh)
 
 
 class _Subject:
@@ -81,7 +88,7 @@ def open_subject(arguments: dict[str, Any]) -> Subject:
         import torch
 
         torch.set_num_threads(recipe.run.threads or os.cpu_count() or 1)
-    return _Subject(open_arm(recipe, folder, arguments["calibration"]))
+    return _Subject(open_arm(recipe, folder, arguments["calibration"], fresh=True))
 
 
 def fit_temperature(log_probs: Floats, gold: npt.NDArray[np.int64]) -> float:

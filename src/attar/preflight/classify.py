@@ -13,6 +13,8 @@ import numpy as np
 
 from attar.collect.curate import read_sources, refuse_leaks
 from attar.data.types import Example
+from attar.engines.api import load_api
+from attar.engines.labels import LabelEngine
 from attar.engines.load import teacher_files
 from attar.errors import AttarError
 from attar.preflight.findings import Finding
@@ -38,8 +40,10 @@ def check(recipe: ClassifyRecipe) -> list[Finding]:
     except AttarError as error:
         return [*findings, Finding("refuse", str(error))]
     try:
-        place = teacher_files(recipe)
-        findings += _teacher(recipe, place, sources)
+        if recipe.teacher.model.partition(":")[0] in ("openai", "anthropic"):
+            findings += _api(recipe, sources)
+        else:
+            findings += _teacher(recipe, teacher_files(recipe), sources)
     except AttarError as error:
         findings.append(Finding("refuse", str(error)))
     return findings
@@ -73,6 +77,39 @@ def _data(recipe: ClassifyRecipe, sources: dict[str, list[Example]], dropped: Co
         yield Finding("refuse", "an objective learns gold labels, and no row of data.pool has one")
     if gold and not wants_gold:
         yield Finding("warn", f"{gold} rows of data.pool have gold labels that no objective uses")
+
+
+def _api(recipe: ClassifyRecipe, sources: dict[str, list[Example]]) -> Iterator[Finding]:
+    """What a teacher behind an API would bill; nothing is sent."""
+    engine = load_api(recipe, dry=True)
+    labels = LabelEngine(
+        engine,
+        samples=recipe.teacher.samples,
+        constrained=recipe.teacher.constrained,
+        max_tokens=recipe.teacher.max_tokens,
+    )
+    question = LabelQuestion(recipe)
+    texts = [e.text for split in ("pool", "calibration", "test") for e in sources[split]]
+    texts += recipe.teacher.content_free
+    estimate = engine.estimate(
+        request for text in texts for request in labels.requests(question.prompts(text), question.scored)
+    )
+    low, high = estimate.prompt_tokens
+    yield Finding("ok", f"teacher: {estimate.calls} calls, {low} to {high} prompt tokens; {estimate.stored} are stored")
+    speed = recipe.evaluate.latency_requests + recipe.evaluate.throughput_rounds * recipe.evaluate.throughput_requests
+    calls = speed * len(recipe.teacher.prompts) * (recipe.teacher.samples or 1)
+    yield Finding("ok", f"teacher: about {calls} calls more to measure its speed, each billed as the others are")
+    if engine.price is None or estimate.usd is None:
+        yield Finding("refuse", f"no price of {recipe.teacher.model} is known; state teacher.price")
+        return
+    a_call = (estimate.usd[0] / max(estimate.calls, 1), estimate.usd[1] / max(estimate.calls, 1))
+    least, most = (usd + calls * one for usd, one in zip(estimate.usd, a_call, strict=True))
+    yield Finding("ok", f"teacher: {least:.2f} to {most:.2f} USD in all, by {engine.price.source}")
+    limit = recipe.budget.usd
+    if limit is not None and least > limit:
+        yield Finding("refuse", f"budget.usd is {limit}, and the run needs {least:.2f} at least")
+    elif limit is not None and most > limit:
+        yield Finding("warn", f"budget.usd is {limit}; the run may stop there (exit 5), and goes on when it is raised")
 
 
 def _teacher(recipe: ClassifyRecipe, place: Path, sources: dict[str, list[Example]]) -> Iterator[Finding]:

@@ -68,6 +68,10 @@ class Teacher(TeacherModel):
     length: Literal["sum", "mean"] = "sum"
     """log-probability of a label of several tokens: of the whole sequence, or its mean per token"""
     calibration: Literal["none", "contextual", "batch", "prototypical"] = "batch"
+    samples: Positive | None = None
+    """of a teacher behind an API: answers to each prompt, counted as votes; None: log-probabilities of a first token"""
+    constrained: bool = True
+    """hold the votes to the labels' words by a JSON schema; false for a server that has none: the answer is the word"""
     content_free: tuple[str, ...] = Field(default=("N/A", "", "[MASK]"), strict=False)
     """inputs without content, for contextual calibration"""
     prior: Literal["estimated", "uniform"] | dict[str, float] = "estimated"
@@ -194,6 +198,13 @@ class ClassifyRecipe(Recipe):
             total = sum(self.teacher.prior.values())
             if abs(total - 1) > 1e-6 or min(self.teacher.prior.values()) <= 0:
                 raise ValueError(f"teacher.prior: shares must be above 0 and add up to 1, they add up to {total:g}")
+        if self.teacher.model.partition(":")[0] not in ("openai", "anthropic"):
+            if self.teacher.samples is not None:
+                raise ValueError(f"teacher.samples belongs to openai:NAME and anthropic:NAME, not {self.teacher.model}")
+        elif self.teacher.samples is not None and any(len(words) > 1 for words in self.teacher.label_words.values()):
+            raise ValueError("teacher.label_words: a label has one word where teacher.samples counts answers")
+        if not self.teacher.constrained and self.teacher.samples is None:
+            raise ValueError("teacher.constrained: false belongs to teacher.samples, which is not set")
         scored = [word for label in self.data.labels for word in self.teacher.label_words.get(label, (label,))]
         shared = sorted({word for word in scored if scored.count(word) > 1})
         if shared:

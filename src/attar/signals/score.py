@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from attar.data.files import read_jsonl
-from attar.engines.load import load_teacher, teacher_files
+from attar.engines.load import load_teacher, teacher_fingerprint
 from attar.progress import track
 from attar.recipe import ClassifyRecipe
 from attar.signals.calibration import Calibration, fit_calibration, prior_shares
@@ -34,11 +34,14 @@ def open_store(recipe: ClassifyRecipe, run: Run) -> SignalStore:
         run.path("signals", "raw"),
         {
             "kind": "word_scores",
-            "teacher and tokenizer": run.fingerprint_path(teacher_files(recipe)),
+            "teacher and tokenizer": teacher_fingerprint(recipe, run),
             "dtype": teacher.dtype,
             "prompts": digest([prompt.model_dump(mode="json") for prompt in teacher.prompts]),
             "words": question.scored,
             "length": teacher.length,
+            "samples": teacher.samples,
+            "constrained": teacher.constrained,
+            "max_tokens": teacher.max_tokens,
         },
     )
 
