@@ -29,6 +29,9 @@ class ScriptedServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            # One segment an answer: else the kernel holds the second back for 40 ms.
+            wbufsize = -1
+            disable_nagle_algorithm = True
 
             def do_POST(self):
                 content = self.rfile.read(int(self.headers["Content-Length"]))
@@ -61,6 +64,7 @@ class ScriptedServer:
                     self.send_header("Content-Length", str(len(reply.body)))
                     self.end_headers()
                     self.wfile.write(reply.body)
+                    self.wfile.flush()
                 except OSError:
                     self.close_connection = True
 

@@ -118,14 +118,17 @@ class Flow:
         # Waking a busy loop costs a system call and the interpreter's lock for nothing: it looks by itself.
         if self._idle:
             self._idle = False
-            self._loop.call_soon_threadsafe(self._tick_soon)
+            self._call(self._tick_soon)
 
     def stop(self) -> None:
         """Cancel what is in flight, keep what was answered, and end the thread."""
-        # A loop that has ended by itself is closed.
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._cancel)
+        self._call(self._cancel)
         self._thread.join()
+
+    def _call(self, function: Callable[[], None]) -> None:
+        # A loop that has ended by itself is closed, and its error is in the results.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(function)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
