@@ -43,8 +43,9 @@ def test_what_is_no_event_of_json_stays_as_it_is(text):
     assert parse_events([(0.0, text.encode() + b"\n\n")]) == [{"ms": 0.0, "raw": text}]
 
 
-def test_a_tail_that_was_cut_off_stays():
-    assert parse_events([(0.0, b'data: {}\n\ndata: {"a'), (5.0, b"\xff")])[1:] == [{"ms": 5.0, "raw": 'data: {"a\\xff'}]
+def test_of_a_tail_that_was_cut_off_the_length_stays():
+    assert parse_events([(0.0, b'data: {}\n\ndata: {"a'), (5.0, b"\xff")])[1:] == [{"ms": 5.0, "cut_bytes": 10}]
+    assert parse_events([(0.0, b'event: x\ndata: {"a"}\n')]) == [{"ms": 0.0, "cut_bytes": 21}]
 
 
 def test_packing_loses_nothing():

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from attar.recipe import Record
 
 
-def _settings(recipe: Path | None, overrides: list[str], given: dict[str, Any]) -> tuple[Record, Path]:
+def _settings(
+    recipe: Path | None, overrides: list[str], given: dict[str, Any], deleting: bool = False
+) -> tuple[Record, Path]:
     """The recorder's part of the recipe, with what the command line says on top, and its folder."""
     from pydantic import ValidationError
 
@@ -31,7 +33,10 @@ def _settings(recipe: Path | None, overrides: list[str], given: dict[str, Any]) 
         folder = whole.folder / "raw"
         if whole.collect.record is not None:
             stated = whole.collect.record.model_dump()
-    elif overrides:
+    if deleting:
+        # The folder is all that matters then.
+        given = {"upstream": "http://localhost"} | given
+    if recipe is None and overrides:
         raise UsageError("--set overrides values of a recipe, and none is named: attar record attar.yaml --set ...")
     if not (stated | given).get("upstream"):
         raise UsageError(
@@ -94,7 +99,7 @@ def _record(
     }
     given = {key: value for key, value in stated.items() if value is not None}
     if (delete_episode, delete_user, delete_older_than) != (None, None, None):
-        _delete(recipe, given, delete_episode, delete_user, delete_older_than, as_json, dry_run)
+        _delete(recipe, given, delete_episode, delete_user, delete_older_than, overrides or [], as_json, dry_run)
         return
     settings, where = _settings(recipe, overrides or [], given)
     if dry_run:
@@ -120,13 +125,13 @@ def _delete(
     episode: str | None,
     user: str | None,
     older_than_days: float | None,
+    overrides: list[str],
     as_json: bool,
     dry_run: bool,
 ) -> None:
     from attar.collect.store import Deletions, delete, read_exchanges
 
-    # The folder is all that deleting needs of the settings.
-    folder = given.get("folder") or _settings(recipe, [], {"upstream": "http://localhost"} | given)[1]
+    folder = given.get("folder") or _settings(recipe, overrides, given, deleting=True)[1]
     if dry_run:
         wanted = Deletions.of(episode=episode, user=user, older_than_days=older_than_days)
         n = sum(wanted.hit(row) for row in read_exchanges(folder))

@@ -56,6 +56,8 @@ _KEPT_HEADERS = frozenset(
 _KEPT_PREFIXES = ("anthropic-ratelimit-", "x-ratelimit-")
 _KEPT_QUERY = frozenset({"api-version", "beta", "limit", "order", "stream"})
 _CREDENTIALS = frozenset({"authorization", "x-api-key", "api-key", "x-goog-api-key", "cookie", "proxy-authorization"})
+# No honest body is larger, and an unpacked one stands in memory.
+_UNPACKED = 1 << 28
 # Where an answer spells its text a second time, token by token.
 _SPELT = frozenset({"logprobs", "top_logprobs", "completion_probabilities", "token_ids", "tokens"})
 _SPELT_PROMPT = frozenset({"prompt_logprobs", "prompt_token_ids"})
@@ -184,9 +186,14 @@ def _decoded(pieces: list[tuple[float, bytes]], encoding: str) -> Iterator[tuple
     elif encoding in ("gzip", "x-gzip", "deflate"):
         # 32: told from the first bytes whether it is gzip or zlib.
         reader = zlib.decompressobj(wbits=32 + zlib.MAX_WBITS)
+        room = _UNPACKED
         try:
             for ms, piece in pieces:
-                yield ms, reader.decompress(piece)
+                unpacked = reader.decompress(piece, room)
+                room -= len(unpacked)
+                if room <= 0:
+                    raise ValueError(f"over {_UNPACKED} bytes when unpacked")
+                yield ms, unpacked
         except zlib.error as error:
             raise ValueError(f"content-encoding {encoding}, but the body is none ({error})") from error
     else:
@@ -222,8 +229,8 @@ def _redact_events(events: list[dict[str, Any]], redactor: Redactor, counts: Cou
     texts: dict[tuple[Any, ...], list[Fragment]] = defaultdict(list)
     first: float | None = None
     for event in events:
-        if "raw" in event:
-            event["raw"] = redactor.text(event["raw"], counts)
+        if "data" not in event:
+            event |= {"raw": redactor.text(event["raw"], counts)} if "raw" in event else {}
             continue
         parts = list(fragments(event["data"]))
         if first is None and any(part.holder[part.name] and part.name not in ("role", "type", "id") for part in parts):

@@ -28,6 +28,8 @@ from attar.workspace import write_atomic
 __all__ = ["Deletions", "Reading", "Segments", "delete", "encode", "erase", "lock", "read_exchanges"]
 
 _DAY_S = 86_400
+# What people said to an application is for its owner's eyes.
+_MODE = 0o600
 
 
 def encode(row: dict[str, Any]) -> bytes:
@@ -46,7 +48,7 @@ def lock(folder: Path) -> filelock.BaseFileLock:
         WorkspaceError: another process has it.
         OSError: the folder cannot be made or written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     held = filelock.FileLock(folder / ".lock")
     try:
         held.acquire(timeout=0)
@@ -97,7 +99,7 @@ class Segments:
     def _open(self, day: str) -> None:
         numbers = [int(path.stem[-4:]) for path in self._folder.glob(f"{self._series}-{day}-????.jsonl")]
         path = self._folder / f"{self._series}-{day}-{max(numbers, default=0) + 1:04d}.jsonl"
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, _MODE)
         self.path, self._day, self._written = path, day, 0
 
     def sync(self) -> None:
@@ -132,8 +134,10 @@ class Deletions:
         """Read the folder's ``deletions.jsonl``."""
         deletions = cls()
         path = folder / "deletions.jsonl"
-        for line in path.read_bytes().splitlines() if path.is_file() else ():
-            entry = json.loads(line)
+        for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+            entry = _row(line)
+            if entry is None:
+                continue
             if "before" in entry:
                 deletions.before = max(deletions.before, entry["before"])
             else:
@@ -155,6 +159,8 @@ class Deletions:
         entries = [{"hash": label, "timestamp": moment} for label, moment in self.named.items()]
         entries += [{"before": self.before}] if self.before else []
         with (folder / "deletions.jsonl").open("ab") as handle:
+            # The end of a line that somebody was killed in stays alone.
+            handle.write(b"\n" if handle.tell() else b"")
             handle.write(b"".join(encode(entry) for entry in entries))
             handle.flush()
             os.fsync(handle.fileno())
@@ -225,6 +231,7 @@ def _rewrite(path: Path, deletions: Deletions, gone: set[str]) -> int:
             gone |= {row["id"]} | ({row["episode"]} if of_user and row["episode"] is not None else set())
     if count and kept:
         write_atomic(path, b"".join(kept))
+        path.chmod(_MODE)
     elif count:
         path.unlink()
     return count

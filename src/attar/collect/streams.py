@@ -30,7 +30,8 @@ def parse_events(pieces: list[tuple[float, bytes]]) -> list[dict[str, Any]]:
 
     Returns:
         An event is ``{"ms", "data"}``, with ``event`` where it has a name. One that is no JSON under ``data`` (a
-        comment, ``[DONE]``, something malformed, a last one that was cut off) is ``{"ms", "raw"}``, its text whole.
+        comment, ``[DONE]``, something malformed) is ``{"ms", "raw"}``, its text whole; of a last one that was cut off
+        the length is kept, ``{"ms", "cut_bytes"}``, since half of what was spread over events cannot be redacted.
         ``ms`` is when its end came.
     """
     events: list[dict[str, Any]] = []
@@ -46,10 +47,9 @@ def parse_events(pieces: list[tuple[float, bytes]]) -> list[dict[str, Any]]:
             elif lines:
                 events.append({"ms": ms} | _event(lines))
                 lines = []
-    if rest:
-        lines.append(rest.decode("utf-8", "backslashreplace"))
-    if lines:
-        events.append({"ms": pieces[-1][0], "raw": "\n".join(lines)})
+    if rest or lines:
+        cut = len(rest) + sum(len(line.encode()) + 1 for line in lines)
+        events.append({"ms": pieces[-1][0], "cut_bytes": cut})
     return events
 
 

@@ -143,7 +143,11 @@ class Proxy:
         prefix = _PREFIX.match(path)
         labels: dict[str, str] = {}
         if prefix is not None:
-            labels = {k: urllib.parse.unquote(v.decode()) for k, v in prefix.groupdict().items() if v}
+            labels = {
+                label: urllib.parse.unquote_to_bytes(value).decode("utf-8", "replace")
+                for label, value in prefix.groupdict().items()
+                if value
+            }
             path = path[prefix.end() :]
         headers: Headers = []
         for name, value in scope["headers"]:
@@ -169,7 +173,9 @@ class Proxy:
             elif size > 8 * limit or not more:
                 # What is too large is read to its end if that is near: a client that is still sending hears nothing.
                 raise Refused(
-                    413, "request_too_large", f"the request has over {limit} bytes, the recorder's limit (max_body_mb)"
+                    413,
+                    "request_too_large",
+                    f"the request has over {limit} bytes, the limit of this proxy (max_body_mb)",
                 )
         return b"".join(parts)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hmac
 import ipaddress
+import logging
 import re
 import signal
 import socket
@@ -53,9 +54,15 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
+def _meant(line: logging.LogRecord) -> bool:
+    # A body that is left unfinished is how the proxy passes on a broken answer.
+    return "without completing response" not in line.getMessage()
+
+
 def make_server(app: App) -> uvicorn.Server:
     """A server that adds nothing of its own to what the application answers."""
     uvicorn = require("uvicorn", "record")
+    logging.getLogger("uvicorn.error").addFilter(_meant)
     config = uvicorn.Config(
         app,
         ws="none",
@@ -99,7 +106,11 @@ def guarded(app: App, token: str) -> App:
             if found is not None:
                 given = urllib.parse.unquote_to_bytes(found[1]) if given is None else given
                 raw = scope["raw_path"][found.end() :]
-                scope = {**scope, "raw_path": raw, "path": urllib.parse.unquote(raw.decode())}
+                scope = {
+                    **scope,
+                    "raw_path": raw,
+                    "path": urllib.parse.unquote_to_bytes(raw).decode("utf-8", "replace"),
+                }
             if given is None or not hmac.compare_digest(given, token.encode()):
                 said = "is wrong" if given else "is missing"
                 refused = Refused(
