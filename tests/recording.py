@@ -69,7 +69,7 @@ class Scripted:
 
     def __enter__(self):
         self._thread.start()
-        self._ready.wait(10)
+        self._ready.wait(100)
         return self
 
     def __exit__(self, *_):
@@ -80,9 +80,9 @@ class Scripted:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-        asyncio.run_coroutine_threadsafe(stop(), self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(stop(), self._loop).result(100)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
+        self._thread.join(100)
         self._loop.close()
 
     @property
@@ -125,7 +125,7 @@ def serving(app):
             yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         finally:
             server.should_exit = True
-            thread.join(20)
+            thread.join(100)
             assert not thread.is_alive()
 
 

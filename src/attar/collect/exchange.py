@@ -214,13 +214,12 @@ def _content(body: bytes, headers: Headers, redactor: Redactor, counts: Counter[
         return redactor.value(parse_json(body), counts), None
     except ValueError:
         pass
-    textual = kind.startswith("text/") or "json" in kind or not kind
+    if kind and not kind.startswith("text/") and "json" not in kind:
+        return omitted, None
     try:
         text = body.decode()
     except UnicodeDecodeError:
         return omitted, "it is no JSON and no text"
-    if not textual:
-        return omitted, None
     return redactor.text(text, counts), "it is no JSON" if "json" in kind else None
 
 
