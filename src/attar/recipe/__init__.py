@@ -4,6 +4,7 @@ from attar.recipe.base import Evaluate, MachinePrice, Recipe, ShipIf
 from attar.recipe.chat import ChatRecipe
 from attar.recipe.classify import ApiPrice, ClassifyEvaluate, ClassifyRecipe
 from attar.recipe.load import load_recipe, parse_recipe
+from attar.recipe.record import Record
 
 __all__ = [
     "ApiPrice",
@@ -13,6 +14,7 @@ __all__ = [
     "Evaluate",
     "MachinePrice",
     "Recipe",
+    "Record",
     "ShipIf",
     "load_recipe",
     "parse_recipe",

@@ -5,9 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from attar.recipe.collect import Collect
+from attar.recipe.part import Part, Positive, Share, absolute
 
 __all__ = [
     "Budget",
@@ -26,15 +29,6 @@ __all__ = [
     "nearest",
     "unique",
 ]
-
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Part(BaseModel):
-    """A frozen part of a recipe; unknown keys and wrong types are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 def unique(values: tuple[str, ...]) -> tuple[str, ...]:
@@ -184,6 +178,7 @@ class Recipe(Part):
     evaluate: Evaluate
     budget: Budget = Budget()
     run: RunPart = RunPart()
+    collect: Collect = Collect()
 
     def dump(self) -> dict[str, Any]:
         """The recipe with every default spelled out, as plain data."""
@@ -205,12 +200,7 @@ class Recipe(Part):
         moved = {key.removeprefix("data."): absolute(base, path) for key, path in self.files.items()}
         data = self.data.model_copy(update=moved)
         run = self.run.model_copy(update={"folder": absolute(base, self.folder)})
-        return self.model_copy(update={"data": data, "run": run})
-
-
-def absolute(base: Path, path: Path) -> Path:
-    """A path of the user's, counted from ``base`` where it is relative."""
-    return (base / path.expanduser()).resolve()
+        return self.model_copy(update={"data": data, "run": run, "collect": self.collect.located(base)})
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
