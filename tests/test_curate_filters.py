@@ -155,6 +155,13 @@ def test_secrets_are_redacted_dropped_or_kept(tmp_path):
     assert counts["redacted"] == {"card": 1, "TOWN": 1}
 
 
+def test_a_bad_row_is_shown_without_its_secrets(tmp_path):
+    rows = [*talks(10), {"messages": KEY}, talk(f"a {KEY}", f"I cannot help with {KEY}")]
+    _, folder = curated(chat(tmp_path, rows, data={"on_bad_line": "skip"}, refusals="drop", refusal_patterns=["I cannot .*"]))
+    assert "[KEY]" in rows_of(folder / "dropped.jsonl")[-1]["detail"]
+    assert KEY not in (folder / "dropped.jsonl").read_text()
+
+
 def test_a_redacted_request_is_told_by_what_it_says_now(tmp_path):
     pool = [{"text": f"number {n}"} for n in range(9)] + [
         {"text": f"log in with {KEY}"},

@@ -46,7 +46,7 @@ def test_every_entry_is_dated_sourced_and_can_be_found():
         ("hf:Qwen/Qwen3-8B", "apache-2.0", "free"),
         ("hf:Qwen/Qwen3-8B", None, "unknown"),
         ("hf:deepseek-ai/DeepSeek-R1", "MIT", "free"),
-        ("hf:deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "MIT", "free"),
+        ("hf:deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "MIT", "conditional"),
         ("hf:mine", "CC-BY-NC-4.0", "conditional"),
         ("hf:/home/claude/models/mine", None, "unknown"),
         ("hf:SmolLM2-135M-Instruct", "Apache-2.0", "free"),

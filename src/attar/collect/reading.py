@@ -302,19 +302,17 @@ def read(context: Context, unit: Unit) -> Batch:
             continue
         try:
             row = Row(raw, _parse(recipe, unit, raw))
-            numbers = _numbers(recipe, unit, row, batch.names)
+            original = row.example
+            drop = next((drop for step in filters if (drop := step(row)) is not None), None)
+            if drop is None:
+                store.add(number, unit.file, row.example, _numbers(recipe, unit, row, batch.names))
+            else:
+                batch.dropped.append(Dropped(number, original.id, drop[0], hidden.hide(drop[1])))
         except BadRow as bad:
             if recipe.data.on_bad_line == "stop" and not (mend and isinstance(bad, BadCall)):
                 batch.stop = (number, f"{bad}; mend it, or set data.on_bad_line: skip ({bad.reason})")
                 break
-            batch.dropped.append(Dropped(number, None, bad.reason, str(bad)))
-            continue
-        original = row.example
-        drop = next((drop for step in filters if (drop := step(row)) is not None), None)
-        if drop is not None:
-            batch.dropped.append(Dropped(number, original.id, *drop))
-            continue
-        store.add(number, unit.file, row.example, numbers)
+            batch.dropped.append(Dropped(number, None, bad.reason, hidden.hide(str(bad))))
     near = recipe.curate.near_duplicates
     compared = near is not None and unit.key in (*TRAINED, "test")
     batch.rows, batch.signatures = store.finish(near.shingle if near is not None and compared else None)

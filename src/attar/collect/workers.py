@@ -44,7 +44,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
-        self._send((setup, number))
+        self._setup: Any = (setup, number)
 
     def _send(self, message: Any) -> None:
         assert self._process.stdin is not None
@@ -55,6 +55,9 @@ class _Worker:
         """The task's result; its exception is raised here."""
         assert self._process.stdout is not None
         try:
+            if self._setup is not None:
+                self._send(self._setup)
+                self._setup = None
             self._send(task)
             failed, result = pickle.load(self._process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError) as error:

@@ -34,6 +34,10 @@ class Private:
     def _find(self, text: str) -> list[Found]:
         return find(text, self._kinds, self._own)
 
+    def hide(self, text: str) -> str:
+        """A text about a row, without what the row must not show."""
+        return redact(text, self._find(text))
+
     def __call__(self, row: Row) -> tuple[str, str] | None:
         """Look at everything that somebody wrote; the detail names kinds, never what was found."""
         if not self._kinds and not self._own:
