@@ -74,6 +74,7 @@ def test_conversations_are_split_as_they_always_were(tmp_path):
     rng = random.Random(1)
     rows = [talk(sentence(rng, rng.randint(1, 2)), sentence(rng, 30)) for _ in range(120)]
     for n in range(0, 120, 3):
+        rows[n]["messages"][0]["content"] += f" of its own {n}"
         rows[n]["group"] = f"g{n % 7}"
     recipe = chat(tmp_path, rows, val_size=9, test_size=14)
     wanted = held_before([parse_conversation(row) for row in rows], 0, {"val": 9, "test": 14})

@@ -12,7 +12,7 @@ from attar.collect.filters.duplicates import HASHES, candidates, decide, signatu
 from attar.collect.shingles import Vocabulary, runs, shingles
 from attar.errors import PreflightRefused, RecipeError
 from attar.recipe.curate import REFUSALS
-from curating import WORDS, chat, classify, curated, reasons, rows_of, sentence, talk, talks
+from curating import WORDS, chat, classify, curated, reasons, rows_of, sentence, talk, talks, write
 
 
 def tool(name, **schema):
@@ -157,7 +157,9 @@ def test_secrets_are_redacted_dropped_or_kept(tmp_path):
 
 def test_a_bad_row_is_shown_without_its_secrets(tmp_path):
     rows = [*talks(10), {"messages": KEY}, talk(f"a {KEY}", f"I cannot help with {KEY}")]
-    _, folder = curated(chat(tmp_path, rows, data={"on_bad_line": "skip"}, refusals="drop", refusal_patterns=["I cannot .*"]))
+    _, folder = curated(
+        chat(tmp_path, rows, data={"on_bad_line": "skip"}, refusals="drop", refusal_patterns=["I cannot .*"])
+    )
     assert "[KEY]" in rows_of(folder / "dropped.jsonl")[-1]["detail"]
     assert KEY not in (folder / "dropped.jsonl").read_text()
 
@@ -194,11 +196,12 @@ def test_near_duplicates_are_found_and_the_first_stays(tmp_path):
         talk(edited(r["messages"][0]["content"], rng, 9), edited(r["messages"][1]["content"], rng, 15))
         for r in rows[30:]
     ]
-    counts, folder = curated(chat(tmp_path, rows + near + far))
+    apart = {"decontaminate": {"ngram": None}}
+    counts, folder = curated(chat(tmp_path, rows + near + far, **apart))
     assert counts["dropped"] == {"near duplicate (train)": 30}
     assert reasons(folder)["near duplicate"] == list(range(61, 91))
     assert re.fullmatch(r"0\.\d\d like train.jsonl line 1", rows_of(folder / "dropped.jsonl")[0]["detail"])
-    counts, _ = curated(chat(tmp_path, rows + near + far, near_duplicates=None))
+    counts, _ = curated(chat(tmp_path, rows + near + far, near_duplicates=None, **apart))
     assert counts["dropped"] == {}
 
 
@@ -289,7 +292,8 @@ def test_rows_that_tell_a_case_of_the_test_file_are_dropped(tmp_path):
     assert counts["dropped"] == {"leak (train)": 3}
     assert [d["detail"] for d in rows_of(folder / "dropped.jsonl")] == [
         "the same prompt as test.jsonl line 1",
-        f"{57 / 58:.2f} like test.jsonl line 1",
+        # 4 of 56 runs cross from the prompt to the answer, and a word between makes 5 others.
+        f"{52 / (56 + 57 - 52):.2f} like test.jsonl line 1",
         "shares 13 words in a row with test.jsonl line 1",
     ]
     counts, _ = curated(chat(tmp_path, rows, test=[case], decontaminate={"ngram": None}))
@@ -307,13 +311,19 @@ def test_rows_that_tell_a_case_of_the_test_file_are_dropped(tmp_path):
 
 def test_a_turn_of_phrase_tells_nothing(tmp_path):
     phrase = sentence(random.Random(2), 14)
-    rows = [talk(row["messages"][0]["content"], f"{row['messages'][1]['content']} {phrase}") for row in talks(40)]
-    case = talk("a question of its own", phrase)
-    counts, _ = curated(chat(tmp_path, rows, test=[case], decontaminate={"common": 39}))
-    assert counts["dropped"] == {}
-    counts, _ = curated(chat(tmp_path, rows, test=[case], val_size=1, decontaminate={"common": 40}))
-    assert counts["dropped"] == {"leak (train)": 39}
-    assert counts["train"] == 0 or pytest.fail("all of them were told")
+    rows = talks(60)
+    for row in rows[:30]:
+        row["messages"][1]["content"] += f" {phrase}"
+    write(tmp_path / "val.jsonl", talks(2, seed=70))
+    for common, told in ((29, {}), (30, {"leak (train)": 30})):
+        recipe = chat(
+            tmp_path,
+            rows,
+            test=[talk("a question of its own", phrase)],
+            data={"val": "val.jsonl"},
+            decontaminate={"common": common},
+        )
+        assert curated(recipe)[0]["dropped"] == told
 
 
 def test_what_is_held_out_of_train_is_told_by_nothing_in_it(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from attar.cli.app import DryOption, JsonOption, RecipeArgument, SetOption, app
 from attar.cli.runs import run_recipe
@@ -17,7 +18,19 @@ from attar.errors import UsageError
 _ALL = ""
 
 
-@app.command("curate")
+class _OptionalReason(TyperCommand):
+    """A command whose `--explain` may stand without its value, which typer has no word for."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the empty value where none is given."""
+        if "--explain" in args:
+            after = args.index("--explain") + 1
+            if after == len(args) or args[after].startswith("--"):
+                args = [*args[:after], _ALL, *args[after:]]
+        return super().parse_args(ctx, args)
+
+
+@app.command("curate", cls=_OptionalReason)
 def _curate(
     recipe: RecipeArgument = Path("attar.yaml"),
     overrides: SetOption = None,
@@ -26,8 +39,6 @@ def _curate(
         typer.Option(
             "--explain",
             metavar="[REASON]",
-            is_flag=False,
-            flag_value=_ALL,
             help="List what was dropped for REASON, such as 'near duplicate'; without one, the reasons with counts.",
         ),
     ] = None,
