@@ -278,8 +278,8 @@ def test_recipes_that_cannot_be_are_refused_in_one_line(job, changes, message):
 def test_a_test_prompt_in_the_training_data_is_a_leak(job):
     first = (job / "conversations.jsonl").read_text().splitlines()[0]
     (job / "test.jsonl").write_text(first + "\n")
-    with pytest.raises(PreflightRefused, match="leak: 1 prompt"):
-        run(job, "data.test=test.jsonl", until="curate")
+    with pytest.raises(PreflightRefused, match=r"leak: 1 row\(s\) of data.train"):
+        run(job, "data.test=test.jsonl", "curate.decontaminate.action=refuse", until="curate")
 
 
 def test_one_prompt_stays_on_one_side(job):

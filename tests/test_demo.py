@@ -71,7 +71,7 @@ def test_init_writes_a_recipe_that_reads_and_check_names_what_is_missing(tmp_pat
     recipe = load_recipe(path)
     assert recipe.task == "classify"
     findings = check(recipe)
-    assert [f.level for f in findings] == ["refuse"]
+    assert [f.level for f in findings] == ["refuse", "warn"]
     assert "pool.jsonl is no file" in findings[0].message
     with pytest.raises(UsageError, match="exists and is kept"):
         write_template(tmp_path / "job")
@@ -81,7 +81,7 @@ def test_init_of_a_language_model(tmp_path):
     recipe = load_recipe(write_template(tmp_path / "job", "chat"))
     assert recipe.task == "chat"
     findings = check(recipe)
-    assert [f.level for f in findings] == ["refuse"]
+    assert [f.level for f in findings] == ["refuse", "warn"]
     assert "conversations.jsonl is no file" in findings[0].message
     with pytest.raises(UsageError, match="there is no such task; there are classify, chat"):
         write_template(tmp_path / "other", "agent")

@@ -118,13 +118,16 @@ def test_killed_anywhere_ends_with_the_same_files(job, finished, kind, point):
     assert [n for n in found if found[n] != finished[n] and n != "recipe.resolved.yaml"] == []
 
 
-def test_leak_is_refused_and_listed(job):
+def test_leak_is_dropped_and_listed_or_refused(job):
     with (job / "pool.jsonl").open("a") as pool:
         first = json.loads((job / "test.jsonl").read_text().splitlines()[0])["text"]
         pool.write(json.dumps({"text": first.upper() + "!"}) + "\n")
-    with pytest.raises(PreflightRefused, match="leak: 1 test case"):
-        pipeline.run(load_recipe(job / "attar.yaml"))
-    assert cli(job, "run").returncode == 3
+    refusing = ["curate.decontaminate.action=refuse"]
+    with pytest.raises(PreflightRefused, match=r"leak: 1 row\(s\) of data.pool"):
+        pipeline.run(load_recipe(job / "attar.yaml", refusing))
+    assert cli(job, "curate", "--set", *refusing).returncode == 3
+    assert cli(job, "curate").returncode == 0
+    assert cli(job, "curate", "--explain", "leak").stdout.startswith("pool.jsonl:301  ")
 
 
 @pytest.mark.parametrize(

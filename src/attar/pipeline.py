@@ -45,13 +45,14 @@ def _fingerprint(stage: Stage, recipe: Recipe, run: Run) -> dict[str, Any]:
     dumped = recipe.dump()
     part = {key: leaf for dotted in stage.reads for key, leaf in _leaves(dotted, _lookup(dumped, dotted)).items()}
     inputs: dict[str, str] = {}
+    unread = {name for other in STAGES[recipe.task] for name in other.people}
     for needed in stage.needs:
-        inputs |= run.outputs_of(needed)
+        inputs |= {name: value for name, value in run.outputs_of(needed).items() if name not in unread}
     if stage.data:
         for key, path in recipe.files.items():
             # The content decides, not the place; a missing file is the stage's own error to tell.
             part.pop(key)
-            inputs[key] = run.fingerprint_path(path) if path.is_file() else "absent"
+            inputs[key] = run.fingerprint_path(path) if path.exists() else "absent"
     if stage.teacher:
         inputs["teacher.model"] = teacher_fingerprint(recipe, run)
     return {"recipe": part, "inputs": inputs, "version": __version__}

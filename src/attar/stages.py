@@ -25,6 +25,8 @@ class Stage:
     """stages whose outputs it reads"""
     folders: tuple[str, ...]
     """what it writes, and alone"""
+    people: tuple[str, ...] = ()
+    """files among what it writes that no stage reads: a change in them alone makes nothing out of date"""
     data: bool = False
     """whether it reads the user's files"""
     teacher: bool = False
@@ -42,8 +44,18 @@ _MACHINE = ("run.device", "run.threads")
 _ASKED = ("data.labels", "teacher.prompts", "teacher.label_words", "teacher.length", "teacher.dtype", *_ANSWERED)
 _REPORT = Stage("report", "attar.evaluate.report:report", (), ("evaluate",), ("report",))
 
+_CURATE = Stage(
+    "curate",
+    "attar.collect.curate:curate",
+    ("name", "task", "data", "curate", "teacher.model", "teacher.licence", "teacher.terms", "run.seed"),
+    (),
+    ("data",),
+    people=("data/README.md", "data/dropped.jsonl"),
+    data=True,
+)
+
 _CLASSIFY = (
-    Stage("curate", "attar.collect.curate:curate", ("data", "curate", "run.seed"), (), ("data",), data=True),
+    _CURATE,
     Stage(
         "score",
         "attar.signals.score:score",
@@ -93,7 +105,7 @@ _CLASSIFY = (
 )
 
 _CHAT = (
-    Stage("curate", "attar.collect.conversations:curate", ("data", "curate", "run.seed"), (), ("data",), data=True),
+    _CURATE,
     Stage(
         "score",
         "attar.signals.chat:score",

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from attar import __version__
-from attar.cli import record as _record  # noqa: F401 - registers its verbs
+from attar.cli import curate as _curate  # noqa: F401 - registers its verb
+from attar.cli import record as _record  # noqa: F401
 from attar.cli import runs as _runs  # noqa: F401
 from attar.cli.app import app
 from attar.errors import AttarError, Interrupted

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from attar.recipe import Recipe
 
 
-def _run(recipe: Recipe, as_json: bool, dry_run: bool, until: str | None) -> None:
+def run_recipe(recipe: Recipe, as_json: bool, dry_run: bool, until: str | None) -> None:
+    """Run a recipe up to a stage, or say what would be run; prints what came out."""
     from attar import pipeline
 
     if dry_run:
@@ -53,14 +54,13 @@ def _stage_command(stage: str | None, text: str) -> Callable[..., None]:
     ) -> None:
         from attar.recipe import load_recipe
 
-        _run(load_recipe(recipe, overrides or ()), as_json, dry_run, stage)
+        run_recipe(load_recipe(recipe, overrides or ()), as_json, dry_run, stage)
 
     command.__doc__ = text
     return command
 
 
 app.command("run")(_stage_command(None, "Run the recipe; what is done already is not done again."))
-app.command("curate")(_stage_command("curate", "Run up to the splits: the user's files -> data/."))
 app.command("score")(
     _stage_command("calibrate", "Run up to the signals: the teacher's calibrated label distributions.")
 )
@@ -115,7 +115,7 @@ def _demo(
     """Run the main job on real weights: distil an agent's tool-routing decisions, and print the verdict."""
     from attar.demo import demo_recipe
 
-    _run(demo_recipe(folder, overrides or [], Terminal()), as_json, dry_run, None)
+    run_recipe(demo_recipe(folder, overrides or [], Terminal()), as_json, dry_run, None)
 
 
 @app.command("init")

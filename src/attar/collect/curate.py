@@ -1,109 +1,251 @@
-"""The user's files -> data/{train,val,dev,calibration,test}.jsonl; every drop has a reason."""
+"""The user's files -> data/{train,val,...,test}.jsonl, a data card, and a list of what was dropped and why.
+
+Three passes, none of which holds the rows in memory: parts of the files are parsed, filtered and stored in parallel;
+what compares rows with each other works on numbers of them; what stays is written in its order.
+"""
 
 from __future__ import annotations
 
-import random
-import re
+import hashlib
+import json
+import os
+import shutil
+import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from attar.data.files import read_examples, write_examples
-from attar.data.types import Example
-from attar.errors import DataError, PreflightRefused
-from attar.recipe import ClassifyRecipe
-from attar.workspace import Run
+import numpy as np
+from numpy.typing import NDArray
 
-__all__ = ["curate", "read_sources"]
+from attar.collect.card import Card, write_card
+from attar.collect.comparing import Comparison
+from attar.collect.reading import TRAINED, UNIT, Batch, Context, files_of, read, units
+from attar.collect.splitting import hold_out
+from attar.collect.tables import Indices, Table
+from attar.collect.workers import Map, ordered
+from attar.errors import DataError
+from attar.progress import Progress, Silent, track
+from attar.recipe import ChatRecipe, ClassifyRecipe
+from attar.workspace import TEMPORARY_SUFFIX, Run, open_atomic
+
+__all__ = ["CARD", "DROPPED", "curate", "preview"]
+
+DROPPED = "dropped.jsonl"
+CARD = "README.md"
+# Fewer bytes are not worth the start of processes.
+_ALONE = 32 << 20
+_LINES = 4096
+
+AnyRecipe = ChatRecipe | ClassifyRecipe
 
 
-def _key(text: str) -> str:
-    """What two spellings of one request have in common: letters and digits, case apart."""
-    return re.sub(r"\W+", " ", text.casefold()).strip()
-
-
-def read_sources(recipe: ClassifyRecipe) -> tuple[dict[str, list[Example]], Counter[str]]:
-    """Read every file that the recipe names.
-
-    Returns:
-        Examples by split (``pool``, ``dev``, ``calibration``, ``test``; empty where the recipe names no file), and
-        how many rows were skipped, by reason.
+def curate(recipe: AnyRecipe, run: Run) -> dict[str, Any]:
+    """Read, check, filter and split.
 
     Raises:
-        DataError: a file is missing, empty, malformed, or has labels that the recipe does not know.
+        DataError: a file cannot be used, or there is too little to hold any out.
+        PreflightRefused: a test case stands in what is trained on, and the recipe wants a refusal.
     """
-    sources: dict[str, list[Example]] = {}
-    dropped: Counter[str] = Counter()
-    for split in ("pool", "dev", "calibration", "test"):
-        path = getattr(recipe.data, split)
-        if path is None:
-            sources[split] = []
-            continue
-        sources[split], skipped = read_examples(
-            path,
-            key=f"data.{split}",
-            text_key=recipe.data.text_key,
-            label_key=recipe.data.label_key,
-            labels=recipe.data.labels,
-            labelled=split != "pool",
-            on_bad_line=recipe.data.on_bad_line,
-        )
-        dropped.update({f"{reason} ({split})": n for reason, n in skipped.items()})
-    if len({example.label for example in sources["test"]}) < 2:
+    return _curated(recipe, run.path("data"), run.progress)
+
+
+@contextmanager
+def preview(recipe: AnyRecipe) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Curate into a folder that is gone when the block ends; yields it, and the counts.
+
+    Raises:
+        DataError, PreflightRefused: as :func:`curate`.
+    """
+    with tempfile.TemporaryDirectory(prefix="attar-") as folder:
+        yield Path(folder), _curated(recipe, Path(folder), Silent())
+
+
+def _files(recipe: AnyRecipe) -> dict[str, Path]:
+    """The user's files by their keys, in the order in which they are read."""
+    keys = ("train", "val", "test") if isinstance(recipe, ChatRecipe) else ("pool", "dev", "calibration", "test")
+    found = {key: getattr(recipe.data, key) for key in keys}
+    return {key: path for key, path in found.items() if path is not None}
+
+
+def _sizes(recipe: AnyRecipe, files: dict[str, Path]) -> dict[str, int]:
+    """What is held out of the file that is trained on."""
+    if isinstance(recipe, ClassifyRecipe):
+        return {"val": recipe.curate.val_size}
+    settings = recipe.curate
+    sizes = {"val": settings.val_size, "test": settings.test_size, "calibration": settings.calibration_size}
+    return {name: size for name, size in sizes.items() if name not in files and size}
+
+
+def _curated(recipe: AnyRecipe, folder: Path, progress: Progress) -> dict[str, Any]:
+    parts = folder / ("parts" + TEMPORARY_SUFFIX)
+    shutil.rmtree(parts, ignore_errors=True)
+    parts.mkdir(parents=True)
+    try:
+        files = _files(recipe)
+        size = sum(file.stat().st_size for key, path in files.items() for file in files_of(key, path))
+        workers = 0 if size < _ALONE else recipe.run.threads or os.cpu_count() or 1
+        with ordered((Context, (recipe, parts)), workers) as each:
+            return _passes(recipe, folder, parts, files, each, progress)
+    finally:
+        shutil.rmtree(parts, ignore_errors=True)
+
+
+def _passes(
+    recipe: AnyRecipe, folder: Path, parts: Path, files: dict[str, Path], each: Map, progress: Progress
+) -> dict[str, Any]:
+    redacted: Counter[str] = Counter()
+    tables = {key: _first_pass(recipe, key, path, parts, each, progress, redacted) for key, path in files.items()}
+    if isinstance(recipe, ClassifyRecipe):
+        _require_two_labels(tables["test"])
+    pool = tables[next(key for key in TRAINED if key in tables)]
+    context = Context(recipe, parts, -1)
+    try:
+        compared = Comparison(recipe, tables, pool, context, each)
+        compared.alone()
+        splits = _held_out(recipe, pool, _sizes(recipe, files))
+        splits["train"] = compared.with_test(splits["train"], splits.get("test"))
+        _require_enough(recipe, splits)
+        return _write(recipe, folder, context, tables, pool, splits, redacted)
+    finally:
+        context.close()
+
+
+def _first_pass(
+    recipe: AnyRecipe, key: str, path: Path, parts: Path, each: Map, progress: Progress, redacted: Counter[str]
+) -> Table:
+    """Read the files of one key.
+
+    Raises:
+        DataError: a row cannot be used, or none can.
+    """
+    table = Table(key, files_of(key, path), parts / f"{key}.dropped")
+    size = sum(file.stat().st_size for file in table.files)
+    batches: list[Batch] = []
+    base, file = 0, 0
+    with (
+        table.spool.open("w", encoding="utf-8") as spool,
+        track(progress, f"read {key}", max(size // UNIT, 1)) as step,
+    ):
+        pending: list[Any] = []
+
+        def remembered() -> Iterator[Any]:
+            for unit in units(key, path):
+                pending.append(unit)
+                yield read, (unit,)
+
+        for batch in each(remembered()):
+            unit = pending.pop(0)
+            if unit.file != file:
+                base, file = 0, unit.file
+            first = base if unit.end else 0
+            if batch.stop is not None:
+                line, message = batch.stop
+                raise DataError(f"data.{key}: {unit.path.name} line {line + first}: {message}")
+            for drop in batch.dropped:
+                table.counts[drop.reason] += 1
+                record = [unit.file, drop.line + first, drop.id, drop.reason, drop.detail]
+                spool.write(json.dumps(record, ensure_ascii=False) + "\n")
+            batch.rows["line"] += np.uint64(first)
+            base += batch.lines
+            redacted += batch.redacted
+            table.names |= batch.names
+            batches.append(batch)
+            step.advance()
+    table.fill(batches)
+    if not len(table.rows):
+        counted = f" ({dict(table.counts)} dropped)" if table.counts else ""
+        raise DataError(f"data.{key}: {path} holds no usable row{counted}")
+    return table
+
+
+def _require_two_labels(test: Table) -> None:
+    labels = np.unique(test.rows["label"])
+    if len(labels) < 2:
+        only = test.names[int(labels[0])]
+        raise DataError(f"data.test: every case has the label {only!r}; an accuracy on one class shows nothing")
+
+
+def _held_out(recipe: AnyRecipe, pool: Table, sizes: dict[str, int]) -> dict[str, Indices]:
+    """Rows of the pool by split.
+
+    Raises:
+        DataError: there are too few.
+    """
+    indices = pool.indices
+    settings = recipe.curate
+    if isinstance(recipe, ClassifyRecipe) and len(indices) < 2 * sizes["val"]:
         raise DataError(
-            f"data.test: every case has the label {sources['test'][0].label!r}; an accuracy on one class shows nothing"
+            f"data.pool: {len(indices)} different requests are too few for curate.val_size {sizes['val']}; "
+            f"add requests or set curate.val_size to at most {len(indices) // 2}"
         )
-    return sources, dropped
+    splits = hold_out(
+        pool.rows[indices],
+        sizes,
+        by=settings.split.by,
+        seed=recipe.run.seed,
+        order="file" if isinstance(recipe, ClassifyRecipe) else "shuffled",
+    )
+    return {name: indices[chosen] for name, chosen in splits.items()}
 
 
-def refuse_leaks(sources: dict[str, list[Example]]) -> None:
-    """Refuse test cases that stand in what the student or the prompts are fitted on.
-
-    Raises:
-        PreflightRefused: lists them.
-    """
-    test = {_key(example.text) for example in sources["test"]}
-    for split in ("pool", "dev", "calibration"):
-        leaks = [example.text for example in sources[split] if _key(example.text) in test]
-        if leaks:
-            shown = "; ".join(repr(text) for text in leaks[:5])
-            more = f" and {len(leaks) - 5} more" if len(leaks) > 5 else ""
-            raise PreflightRefused(
-                f"leak: {len(leaks)} test case(s) also stand in data.{split}: {shown}{more}; remove them from one side"
-            )
-
-
-def curate(recipe: ClassifyRecipe, run: Run) -> dict[str, Any]:
-    """Read, check, deduplicate and split.
-
-    Raises:
-        DataError: a file cannot be used, or the pool is too small for the validation split.
-        PreflightRefused: a test case stands in the pool.
-    """
-    sources, dropped = read_sources(recipe)
-    refuse_leaks(sources)
-    seen: set[str] = set()
-    pool = []
-    for example in sources["pool"]:
-        key = _key(example.text)
-        if key in seen:
-            dropped["duplicate (pool)"] += 1
-        else:
-            seen.add(key)
-            pool.append(example)
-    size = recipe.curate.val_size
-    if len(pool) < 2 * size:
+def _require_enough(recipe: AnyRecipe, splits: dict[str, Indices]) -> None:
+    held = sum(len(rows) for name, rows in splits.items() if name != "train")
+    if isinstance(recipe, ChatRecipe) and (len(splits["train"]) < held or not len(splits["train"])):
         raise DataError(
-            f"data.pool: {len(pool)} different requests are too few for curate.val_size {size}; "
-            f"add requests or set curate.val_size to at most {len(pool) // 2}"
+            f"data.train: holding {held} conversations out leaves {len(splits['train'])} to learn from; add some, or "
+            "lower curate.val_size, curate.test_size and curate.calibration_size"
         )
-    order = list(range(len(pool)))
-    random.Random(recipe.run.seed).shuffle(order)
-    held_out = set(order[:size])
-    splits = {
-        "train": [example for i, example in enumerate(pool) if i not in held_out],
-        "val": [example for i, example in enumerate(pool) if i in held_out],
-        **{split: sources[split] for split in ("dev", "calibration", "test")},
+
+
+def _lines(context: Context, rows: NDArray[Any]) -> Iterator[bytes]:
+    places = zip(rows["worker"].tolist(), rows["start"].tolist(), rows["size"].tolist(), strict=True)
+    for worker, start, size in places:
+        yield context.pread(f"{worker}.jsonl", start, size)
+
+
+def _write(
+    recipe: AnyRecipe,
+    folder: Path,
+    context: Context,
+    tables: dict[str, Table],
+    pool: Table,
+    splits: dict[str, Indices],
+    redacted: Counter[str],
+) -> dict[str, Any]:
+    """Write every split, what was dropped, and the card."""
+    names = ("train", "val", "dev", "calibration", "test")
+    if isinstance(recipe, ChatRecipe):
+        names = tuple(name for name in names if name in splits or name in tables)
+    sizes, hashes, newest = {}, {}, {}
+    for name in names:
+        table, indices = (pool, splits[name]) if name in splits else (tables.get(name), None)
+        rows = pool.rows[:0] if table is None else table.rows[table.indices if indices is None else indices]
+        digest = hashlib.sha256()
+        with open_atomic(folder / f"{name}.jsonl") as handle:
+            waiting: list[bytes] = []
+            for line in _lines(context, rows):
+                waiting.append(line)
+                if len(waiting) == _LINES:
+                    content = b"".join(waiting)
+                    digest.update(content)
+                    handle.write(content)
+                    waiting = []
+            content = b"".join(waiting)
+            digest.update(content)
+            handle.write(content)
+        sizes[name], hashes[name] = len(rows), digest.hexdigest()
+        if recipe.curate.split.by == "time" and table is pool and len(rows):
+            newest[name] = (float(rows["time"].min()), float(rows["time"].max()))
+    with open_atomic(folder / DROPPED) as handle:
+        for table in tables.values():
+            for drop in table.dropped():
+                handle.write((json.dumps(drop, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))
+    dropped = {f"{reason} ({key})": n for key, table in tables.items() for reason, n in table.counts.items()}
+    read_rows = {
+        key: len(table.rows) + sum(table.counts.values()) - int((~table.kept).sum()) for key, table in tables.items()
     }
-    for split, examples in splits.items():
-        write_examples(run.path("data", f"{split}.jsonl"), examples)
-    return {**{split: len(examples) for split, examples in splits.items()}, "dropped": dict(dropped)}
+    write_card(folder / CARD, recipe, Card(read_rows, sizes, hashes, dropped, dict(redacted), newest))
+    return {**sizes, "dropped": dropped} | ({"redacted": dict(redacted)} if redacted else {})

@@ -8,24 +8,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from attar.data.files import read_rows
+from attar.data.files import BadRow, read_rows
 from attar.data.types import Conversation, Message, Role, ToolCall
 from attar.errors import DataError
 from attar.workspace import write_atomic
 
-__all__ = ["BadRow", "parse_conversation", "read_conversations", "write_conversations"]
+__all__ = ["BadCall", "BadRow", "parse_conversation", "read_conversations", "write_conversations"]
 
 _ROLES = get_args(Role)
 # Names under which engines and logs carry an assistant's reasoning.
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
-class BadRow(ValueError):
-    """A row that is no conversation: the reason it is counted under, and in words the field, the value, the cure."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
+class BadCall(BadRow):
+    """A row whose assistant wrote arguments that are no JSON object: the answer is at fault, not the file."""
 
 
 def read_conversations(
@@ -170,7 +166,8 @@ def _tool_calls(value: Any, where: str, columnar: bool) -> tuple[ToolCall, ...]:
             )
         arguments = _parsed(function.get("arguments"), f"{where}[{i}].function.arguments", "bad tool call", columnar)
         if not isinstance(arguments, dict):
-            raise BadRow(
+            # Where the model wrote the string, the model is at fault.
+            raise (BadCall if isinstance(function.get("arguments"), str) else BadRow)(
                 "bad tool call",
                 f"{where}[{i}].function.arguments is {_shown(arguments)}, an object or its JSON is wanted",
             )
@@ -199,7 +196,8 @@ def _parsed(value: Any, where: str, reason: str, columnar: bool) -> Any:
         try:
             return json.loads(value)
         except ValueError as error:
-            raise BadRow(reason, f"{where} is {_shown(value)}, which is no JSON ({error})") from error
+            bad = BadCall if reason == "bad tool call" else BadRow
+            raise bad(reason, f"{where} is {_shown(value)}, which is no JSON ({error})") from error
     if columnar and value is not None:
         raise BadRow(
             reason,

@@ -13,7 +13,23 @@ from attar.data.types import Example
 from attar.errors import DataError, require
 from attar.workspace import write_atomic
 
-__all__ = ["read_examples", "read_jsonl", "read_rows", "write_examples"]
+__all__ = [
+    "BadRow",
+    "parse_example",
+    "parse_json_line",
+    "read_examples",
+    "read_jsonl",
+    "read_rows",
+    "write_examples",
+]
+
+
+class BadRow(ValueError):
+    """A row that is no example: the reason it is counted under, and in words the field, the value, the cure."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
 
 
 def read_examples(
@@ -48,41 +64,52 @@ def read_examples(
     skipped: Counter[str] = Counter()
     examples = []
     for number, row in read_rows(path, key):
-        problem = _problem(row, text_key, label_key, labels, labelled)
-        if problem is None:
-            label = row.get(label_key)
-            examples.append(Example(row[text_key].strip(), None if label in (None, "") else label))
-        elif on_bad_line == "stop":
-            reason, detail = problem
-            raise DataError(
-                f"{key}: {path.name} line {number}: {detail}; mend it, or set data.on_bad_line: skip ({reason})"
+        try:
+            if isinstance(row, DataError):
+                raise BadRow("malformed", str(row))
+            examples.append(
+                parse_example(row, text_key=text_key, label_key=label_key, labels=labels, labelled=labelled)
             )
-        else:
-            skipped[problem[0]] += 1
+        except BadRow as bad:
+            if on_bad_line == "stop":
+                raise DataError(
+                    f"{key}: {path.name} line {number}: {bad}; mend it, or set data.on_bad_line: skip ({bad.reason})"
+                ) from bad
+            skipped[bad.reason] += 1
     if not examples:
         counted = f" ({dict(skipped)} skipped)" if skipped else ""
         raise DataError(f"{key}: {path} holds no usable row{counted}")
     return examples, skipped
 
 
-def _problem(
-    row: Any, text_key: str, label_key: str, labels: tuple[str, ...], labelled: bool
-) -> tuple[str, str] | None:
-    if isinstance(row, DataError):
-        return "malformed", str(row)
+def parse_example(row: Any, *, text_key: str, label_key: str, labels: tuple[str, ...], labelled: bool) -> Example:
+    """One request.
+
+    Args:
+        row: an object with the keys that follow.
+        text_key: the key of the request.
+        label_key: the key of the gold label.
+        labels: the labels allowed.
+        labelled: whether there must be a label.
+
+    Raises:
+        BadRow: names the field, the value seen and the value wanted.
+    """
     if not isinstance(row, dict):
-        return "malformed", f"an object with the key {text_key!r} is wanted, this is {type(row).__name__}"
+        raise BadRow("malformed", f"an object with the key {text_key!r} is wanted, this is {type(row).__name__}")
     text = row.get(text_key)
     if not isinstance(text, str):
-        return "no text", f"{text_key!r} is {text!r}, a string is wanted; keys here: {', '.join(map(str, row))}"
+        raise BadRow("no text", f"{text_key!r} is {text!r}, a string is wanted; keys here: {', '.join(map(str, row))}")
     if not text.strip():
-        return "empty text", f"{text_key!r} is empty"
+        raise BadRow("empty text", f"{text_key!r} is empty")
     label = row.get(label_key)
     if label in (None, ""):
-        return ("no label", f"{label_key!r} is missing, every row here needs one") if labelled else None
-    if label not in labels:
-        return "unknown label", f"label {label!r} is not in data.labels ({', '.join(labels)})"
-    return None
+        if labelled:
+            raise BadRow("no label", f"{label_key!r} is missing, every row here needs one")
+        label = None
+    elif label not in labels:
+        raise BadRow("unknown label", f"label {label!r} is not in data.labels ({', '.join(labels)})")
+    return Example(text.strip(), label)
 
 
 def read_rows(path: Path, key: str) -> Iterator[tuple[int, Any]]:
@@ -94,20 +121,21 @@ def read_rows(path: Path, key: str) -> Iterator[tuple[int, Any]]:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         parquet = require("pyarrow.parquet", "parquet")
+        number = 0
         try:
-            table = parquet.read_table(path)
+            with parquet.ParquetFile(path) as file:
+                for batch in file.iter_batches():
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield number, row
         except (OSError, ValueError) as error:
             raise DataError(f"{key}: {path} is no Parquet file ({error})") from error
-        yield from enumerate(table.to_pylist(), start=1)
     elif suffix in (".jsonl", ".json", ".csv"):
         try:
             with path.open(encoding="utf-8-sig", newline="" if suffix == ".csv" else None) as handle:
                 yield from enumerate(csv.DictReader(handle), start=2) if suffix == ".csv" else _json_lines(handle)
         except UnicodeDecodeError as error:
-            raise DataError(
-                f"{key}: {path} is not UTF-8 (byte 0x{error.object[error.start]:02x} does not fit); "
-                "convert it: iconv -f latin1 -t utf-8 FILE > NEW"
-            ) from error
+            raise _not_utf8(error, key, path) from error
     else:
         raise DataError(f"{key}: {path.name}: {suffix or 'no suffix'} is not read; write .jsonl, .csv or .parquet")
 
@@ -120,6 +148,27 @@ def _json_lines(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
             yield number, json.loads(line)
         except ValueError as error:
             yield number, DataError(f"no JSON ({error})")
+
+
+def parse_json_line(line: bytes, key: str, path: Path) -> Any:
+    """One line of a JSONL file: its value, or a DataError where it is no JSON.
+
+    Raises:
+        DataError: it is not UTF-8.
+    """
+    try:
+        return json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise _not_utf8(error, key, path) from error
+    except ValueError as error:
+        return DataError(f"no JSON ({error})")
+
+
+def _not_utf8(error: UnicodeDecodeError, key: str, path: Path) -> DataError:
+    return DataError(
+        f"{key}: {path} is not UTF-8 (byte 0x{error.object[error.start]:02x} does not fit); "
+        "convert it: iconv -f latin1 -t utf-8 FILE > NEW"
+    )
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from attar import __version__
 from attar.engines.load import teacher_fingerprint
 from attar.evaluate import stats, verdict
 from attar.recipe import Recipe
+from attar.terms import terms_of
 from attar.workspace import Run, write_json
 
 __all__ = [
@@ -143,11 +144,19 @@ def provenance(recipe: Recipe, run: Run, student: str, licence: str | None, pack
         except PackageNotFoundError:
             versions[package] = "not installed as a package"
     outputs = run.outputs_of("curate")
+    teacher = recipe.teacher
+    terms = terms_of(teacher.model, teacher.licence, elsewhere=getattr(teacher, "base_url", None) is not None)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
         "teacher": recipe.teacher.model,
         "student": student,
         "licences": sorted({x for x in (recipe.teacher.licence, licence) if x}) or ["not stated"],
+        "terms": {
+            "training on its answers": terms.use,
+            "acknowledged": teacher.terms == "acknowledged",
+            "says": terms.words,
+            "list of": terms.date,
+        },
         "hashes": {
             "teacher": teacher_fingerprint(recipe, run),
             **{name: outputs[f"data/{name}.jsonl"] for name in ("train", "val", "test")},

@@ -10,7 +10,8 @@ from typing import Any
 import psutil
 import torch
 
-from attar.collect.conversations import split
+from attar.collect.curate import preview
+from attar.data.conversations import read_conversations
 from attar.data.types import Conversation
 from attar.engines.heads import check_head, head_of
 from attar.engines.load import teacher_files
@@ -46,9 +47,12 @@ def check(recipe: ChatRecipe) -> list[Finding]:
     """Look at files, tokens and models: loads the teacher, builds the student, and computes one batch with both."""
     findings: list[Finding] = []
     try:
-        splits, dropped = split(recipe)
+        splits = {}
+        with preview(recipe) as (folder, counts):
+            for name in ("train", "val", "test"):
+                splits[name], _ = read_conversations(folder / f"{name}.jsonl", key=f"data.{name}", on_bad_line="stop")
         findings.append(Finding("ok", "conversations: " + ", ".join(f"{n} {len(c)}" for n, c in splits.items())))
-        findings += [Finding("warn", f"{n} dropped: {reason}") for reason, n in dropped.items()]
+        findings += [Finding("warn", f"{n} dropped: {reason}") for reason, n in counts["dropped"].items()]
         teacher_files(recipe)
         findings += _disk(recipe)
         teacher, tokenizer = load_teacher_model(recipe)

@@ -125,6 +125,8 @@ class TeacherModel(Part):
     `package.module:Class`"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     licence: str | None = None
+    terms: Literal["acknowledged"] | None = None
+    """that you may train on this teacher's answers although its terms restrict it; `attar check` asks where it must"""
     tokens_per_batch: Positive = 512
     """of one forward pass of a model in this process"""
     base_url: str | None = None

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from attar.recipe.base import Evaluate, Part, Positive, Recipe, Share, TeacherModel, Train, absolute
+from attar.recipe.base import Evaluate, Part, Positive, Recipe, Share, TeacherModel, Train, absolute, unique
+from attar.recipe.curate import REFUSALS, Pattern, Shared
 
 __all__ = ["ChatRecipe"]
 
@@ -24,15 +25,27 @@ class Data(Part):
     licence: str | None = None
 
 
-class Curate(Part):
+class Curate(Shared):
     """From the user's files to splits; a group of conversations stays on one side."""
 
     val_size: Positive = 50
     test_size: Positive = 50
+    calibration_size: Annotated[int, Field(ge=0)] = 0
+    """held out for confidences; 0: there is no such split"""
     max_tokens: Positive = 2048
     """a longer conversation is cut on the right, and counted"""
     max_truncated: Share = 0.1
     """share of conversations that may be cut before the run refuses"""
+    tool_calls: Literal["drop", "keep"] = "drop"
+    """calls that do not parse, that name no tool on offer, or whose arguments do not fit its schema"""
+    truncated: Literal["drop", "keep"] = "drop"
+    """answers that were cut off at a token limit, as `finish_reason` of the row or of a message says"""
+    unfinished: Literal["drop", "keep"] = "keep"
+    """answers with an open code fence, or that begin as JSON and are none"""
+    refusals: Literal["drop", "keep"] = "keep"
+    """answers that refuse; a student should learn those too, unless its teacher refused too much"""
+    refusal_patterns: Annotated[tuple[Pattern, ...], Field(strict=False), AfterValidator(unique)] = REFUSALS
+    """regular expressions of how a refusal begins, case apart"""
 
 
 class Shrink(Part):

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from attar.recipe.base import Evaluate, Part, Positive, Recipe, Share, TeacherModel, Train, nearest, unique
+from attar.recipe.curate import Balance, NearDuplicates, Shared, Split
 
 __all__ = ["ClassifyRecipe"]
 
@@ -99,10 +100,28 @@ class Student(Part):
     max_tokens: Positive = 64
 
 
-class Curate(Part):
+class ClassBalance(Balance):
+    """Caps; the rows that stay are a random sample."""
+
+    per_class: Positive | None = None
+    """of rows of the pool with that gold label"""
+
+
+class ClassSplit(Split):
+    """What is held out of the pool for validation."""
+
+    group_key: str | None = None
+    """key of a row that names what stays on one side; dots go deeper. None: every request stands alone"""
+
+
+class Curate(Shared):
     """From the user's files to splits."""
 
     val_size: Positive = 300
+    near_duplicates: NearDuplicates | None = None
+    """a near duplicate of a short request is a paraphrase, and those are what a pool is for"""
+    balance: ClassBalance = ClassBalance()
+    split: ClassSplit = ClassSplit()
 
 
 class Objective(Part):
