@@ -44,7 +44,7 @@ def _run(recipe: Recipe, as_json: bool, dry_run: bool, until: str | None) -> Non
         raise typer.Exit(EXIT_HOLD)
 
 
-def _stage_command(stage: str | None, text: str) -> Callable[..., None]:
+def _stage_command(until: str | Callable[[Recipe], str] | None, text: str) -> Callable[..., None]:
     def command(
         recipe: RecipeArgument = Path("attar.yaml"),
         overrides: SetOption = None,
@@ -53,7 +53,8 @@ def _stage_command(stage: str | None, text: str) -> Callable[..., None]:
     ) -> None:
         from attar.recipe import load_recipe
 
-        _run(load_recipe(recipe, overrides or ()), as_json, dry_run, stage)
+        loaded = load_recipe(recipe, overrides or ())
+        _run(loaded, as_json, dry_run, until(loaded) if callable(until) else until)
 
     command.__doc__ = text
     return command
@@ -61,9 +62,15 @@ def _stage_command(stage: str | None, text: str) -> Callable[..., None]:
 
 app.command("run")(_stage_command(None, "Run the recipe; what is done already is not done again."))
 app.command("curate")(_stage_command("curate", "Run up to the splits: the user's files -> data/."))
-app.command("score")(
-    _stage_command("calibrate", "Run up to the signals: the teacher's calibrated label distributions.")
-)
+
+
+def _last_of_score(recipe: Recipe) -> str:
+    from attar.stages import STAGES
+
+    return next(s.name for s in reversed(STAGES[recipe.task]) if s.name in ("score", "calibrate"))
+
+
+app.command("score")(_stage_command(_last_of_score, "Run up to the signals: what the teacher says about the examples."))
 
 app.command("train")(_stage_command("train", "Run up to the trained models: student, control and baseline."))
 
