@@ -19,7 +19,7 @@ from attar.signals.served import ask_served, check_lengths, top_k_of, vocabulary
 from attar.signals.sparse import top_k
 from attar.tokens import TokenizedExample
 from servers import Reply, error
-from vllm import Vllm
+from vllmserver import Vllm
 
 IDS = [0, 300, 301, 302, 303, 20, 21, 1]
 PLACES = [3, 4, 7]
