@@ -204,15 +204,25 @@ class ServedTeacher:
             The time to the first token is that of the whole answer where it was not measured.
 
         Raises:
-            CapabilityError: the server does not say the ids of what it wrote.
+            CapabilityError: the server does not say the ids of what it wrote, or has no room for so many.
             RunError: it wrote fewer, measured.
             Stopped: it does not answer.
         """
+        try:
+            return self._measured(ids, max_tokens) if measured else self._written(ids, max_tokens)
+        except _BadRequest as error:
+            raise CapabilityError(
+                f"{self.name} refuses to write {max_tokens} tokens after a prompt of {len(ids)} ({error})"
+            ) from error
+
+    def _written(self, ids: Sequence[int], max_tokens: int) -> Written:
         started = time.perf_counter()
-        if not measured:
-            choice = self._complete(ids, max_tokens=max_tokens, return_token_ids=True)["choices"][0]
-            elapsed_ms = 1000 * (time.perf_counter() - started)
-            return Written(self._token_ids(choice), choice.get("finish_reason") == "stop", elapsed_ms)
+        choice = self._complete(ids, max_tokens=max_tokens, return_token_ids=True)["choices"][0]
+        elapsed_ms = 1000 * (time.perf_counter() - started)
+        return Written(self._token_ids(choice), choice.get("finish_reason") == "stop", elapsed_ms)
+
+    def _measured(self, ids: Sequence[int], max_tokens: int) -> Written:
+        started = time.perf_counter()
         first_token_ms = 0.0
         written: list[int] = []
         try:
@@ -237,7 +247,6 @@ class ServedTeacher:
         Yields:
             What it returns, in the order of the items.
         """
-        self._gone.clear()
         source = iter(items)
         with ThreadPoolExecutor(self._concurrency, "attar served teacher") as pool:
             waiting = deque(pool.submit(function, item) for item in islice(source, self._concurrency))
@@ -247,7 +256,8 @@ class ServedTeacher:
                     waiting.extend(pool.submit(function, item) for item in islice(source, 1))
             finally:
                 self._gone.set()
-                pool.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown(cancel_futures=True)
+                self._gone.clear()
 
     def _complete(self, ids: Sequence[int], *, max_tokens: int, **options: Any) -> dict[str, Any]:
         create = self._client.completions.with_raw_response.create

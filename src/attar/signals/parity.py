@@ -57,7 +57,7 @@ def check_parity(
         recipe: says where the weights are.
         engine: the server.
         tokenizer: the teacher's.
-        examples: the shortest are asked about.
+        examples: a few are asked about, of all lengths but the greatest.
         entries: how many at a position.
 
     Returns:
@@ -68,7 +68,8 @@ def check_parity(
         ModelError: the server's ids are not the tokenizer's tokens.
         CapabilityError: the weights do not fit into memory.
     """
-    few = sorted(examples, key=len)[:_EXAMPLES]
+    ordered = sorted(examples, key=len)
+    few = [ordered[i] for i in sorted({len(ordered) * part // _EXAMPLES for part in range(_EXAMPLES)})]
 
     def asked(example: TokenizedExample) -> PromptTop:
         return engine.prompt_top(example.ids.tolist(), supervised_places(example), entries)
