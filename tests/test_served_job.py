@@ -72,7 +72,7 @@ def taught(tiny_teacher, tmp_path_factory):
 
 
 def recipe_of(job, folder, *changes, url=None):
-    remote = f'model: "openai:teacher", base_url: "{url}", tokenizer: "hf:{folder}", total_timeout_s: 2, timeout_s: 2'
+    remote = f'model: "openai:teacher", base_url: "{url}", tokenizer: "hf:{folder}"'
     teacher = f'model: "hf:{folder}"' if url is None else remote
     text = RECIPE.replace("TEACHER", teacher).replace("FOLDER", str(folder))
     (job / "attar.yaml").write_text(text)
@@ -147,7 +147,8 @@ def test_a_student_learns_and_is_compared_as_from_the_same_teacher_here(job, tau
 
 def test_a_server_that_dies_costs_a_shard_at_most(job, tiny_teacher, monkeypatch):
     monkeypatch.setattr("attar.signals.chat.SHARD", 8)
-    monkeypatch.setattr("attar.engines.served._FIRST_WAIT_S", 0.01)
+    # Longer than all patience: the first failure is the end.
+    monkeypatch.setattr("attar.engines.served._FIRST_WAIT_S", 1e6)
     dead = []
 
     def dies(number, body):
@@ -156,7 +157,7 @@ def test_a_server_that_dies_costs_a_shard_at_most(job, tiny_teacher, monkeypatch
             return Reply(b"", cut=True)
         return None
 
-    changes = ("teacher.concurrency=2", "teacher.parity=internal", "teacher.total_timeout_s=2")
+    changes = ("teacher.concurrency=2", "teacher.parity=internal")
     with Vllm(tiny_teacher, before=dies) as server:
         recipe = recipe_of(job, tiny_teacher, *changes, url=server.url)
         with pytest.raises(Stopped, match="what it said before is kept"):
