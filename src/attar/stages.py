@@ -30,7 +30,7 @@ class Stage:
     data: bool = False
     """whether it reads the user's files"""
     teacher: bool = False
-    """whether it reads the teacher's weights"""
+    """whether it depends on the teacher itself"""
 
     def __call__(self, recipe: Recipe, run: Run) -> dict[str, Any]:
         """Run it; returns its counts."""

@@ -45,7 +45,7 @@ def run_recipe(recipe: Recipe, as_json: bool, dry_run: bool, until: str | None) 
         raise typer.Exit(EXIT_HOLD)
 
 
-def _stage_command(stage: str | None, text: str) -> Callable[..., None]:
+def _stage_command(until: str | Callable[[Recipe], str] | None, text: str) -> Callable[..., None]:
     def command(
         recipe: RecipeArgument = Path("attar.yaml"),
         overrides: SetOption = None,
@@ -54,16 +54,23 @@ def _stage_command(stage: str | None, text: str) -> Callable[..., None]:
     ) -> None:
         from attar.recipe import load_recipe
 
-        run_recipe(load_recipe(recipe, overrides or ()), as_json, dry_run, stage)
+        loaded = load_recipe(recipe, overrides or ())
+        run_recipe(loaded, as_json, dry_run, until(loaded) if callable(until) else until)
 
     command.__doc__ = text
     return command
 
 
 app.command("run")(_stage_command(None, "Run the recipe; what is done already is not done again."))
-app.command("score")(
-    _stage_command("calibrate", "Run up to the signals: the teacher's calibrated label distributions.")
-)
+
+
+def _last_of_score(recipe: Recipe) -> str:
+    from attar.stages import STAGES
+
+    return next(s.name for s in reversed(STAGES[recipe.task]) if s.name in ("score", "calibrate"))
+
+
+app.command("score")(_stage_command(_last_of_score, "Run up to the signals: what the teacher says about the examples."))
 
 app.command("train")(_stage_command("train", "Run up to the trained models: student, control and baseline."))
 

@@ -6,15 +6,26 @@ import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from attar.engines.base import ChatEngine, Engine
 from attar.errors import ModelError, RecipeError
 from attar.recipe import ClassifyRecipe, Recipe
 from attar.workspace import Run, digest
 
-__all__ = ["load_chat_teacher", "load_teacher", "teacher_files", "teacher_fingerprint"]
+__all__ = [
+    "load_chat_teacher",
+    "load_teacher",
+    "served",
+    "teacher_files",
+    "teacher_fingerprint",
+    "teacher_tokenizer",
+    "tokenizer_place",
+]
 
 _PROVIDERS = ("openai", "anthropic")
+# Files of a model's folder that hold weights, and nothing of its tokenizer.
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".onnx", ".h5", ".msgpack")
 
 
 def _hugging_face(recipe: Recipe, fresh: bool) -> Engine:
@@ -131,13 +142,6 @@ def _members(protocol: type) -> str:
     return ", ".join(sorted(name for name in vars(protocol) if not name.startswith("_")))
 
 
-def teacher_fingerprint(recipe: Recipe, run: Run) -> str:
-    """What identifies the teacher: the hash of its files, or of its name and address where it is behind an API."""
-    if recipe.teacher.model.partition(":")[0] in _PROVIDERS:
-        return digest({"model": recipe.teacher.model, "base_url": recipe.teacher.base_url})
-    return run.fingerprint_path(teacher_files(recipe))
-
-
 def teacher_files(recipe: Recipe) -> Path:
     """The file or folder whose content identifies the teacher.
 
@@ -156,3 +160,63 @@ def teacher_files(recipe: Recipe) -> Path:
         )
     load_teacher(recipe)
     return Path(str(sys.modules[scheme].__file__))
+
+
+def served(recipe: Recipe) -> bool:
+    """Whether the teacher stands behind a server: ``openai:NAME`` or ``anthropic:NAME``."""
+    return recipe.teacher.model.partition(":")[0] in _PROVIDERS
+
+
+def tokenizer_place(recipe: Recipe) -> Path:
+    """The file or folder that holds the teacher's tokenizer: its own, or the one that is named for a served teacher.
+
+    Raises:
+        ModelError: there is nothing at that place, or none is named.
+    """
+    if not served(recipe):
+        return teacher_files(recipe)
+    name = getattr(recipe.teacher, "tokenizer", None)
+    if name is None:
+        raise ModelError(
+            f"teacher.tokenizer: {recipe.teacher.model} is asked with token ids, and none is named; name the folder of "
+            "its tokenizer and chat template, hf:FOLDER"
+        )
+    folder = Path(name.removeprefix("hf:")).expanduser()
+    if not folder.is_dir():
+        raise ModelError(f"teacher.tokenizer: {folder} is no folder here; name the one of the served model's tokenizer")
+    return folder
+
+
+def teacher_fingerprint(recipe: Recipe, run: Run) -> str:
+    """SHA-256 of what identifies the teacher: the content of its files; of a served one, whose weights are not to be
+    seen, its name, its address, and the content of its tokenizer's folder, weights aside, where one is named.
+
+    Raises:
+        ModelError: there is nothing at that place.
+    """
+    if not served(recipe):
+        return run.fingerprint_path(teacher_files(recipe))
+    teacher = recipe.teacher
+    about: dict[str, Any] = {"model": teacher.model, "base_url": teacher.base_url}
+    if getattr(teacher, "tokenizer", None):
+        files = [p for p in sorted(tokenizer_place(recipe).iterdir()) if p.is_file() and p.suffix not in _WEIGHTS]
+        about["tokenizer"] = {path.name: run.fingerprint_file(path) for path in files}
+    return digest(about)
+
+
+def teacher_tokenizer(recipe: Recipe) -> Any:
+    """The teacher's tokenizer, with its chat template.
+
+    Raises:
+        ModelError: there is none at its place.
+    """
+    from transformers import AutoTokenizer
+
+    place = tokenizer_place(recipe)
+    try:
+        if place.is_file():
+            return AutoTokenizer.from_pretrained(str(place.parent), gguf_file=place.name)
+        return AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError, KeyError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{place} holds no tokenizer that transformers can load ({first_line})") from error

@@ -45,9 +45,9 @@ class Writer(Protocol):
 class Served:
     """How an arm is served: plain data, so that it can be handed to another process."""
 
-    engine: Literal["llama.cpp", "transformers"]
+    engine: Literal["llama.cpp", "transformers", "server"]
     model: str
-    """a GGUF file, or what ``load_local`` takes"""
+    """a GGUF file, what ``load_local`` takes, or a server's name for it"""
     tokenizer: str
     """a folder"""
     dtype: str
@@ -56,6 +56,8 @@ class Served:
     threads: int | None
     context_tokens: int
     """of ``llama.cpp``: the longest prompt with its answer"""
+    teacher: dict[str, Any] | None = None
+    """of ``server``: the recipe's teacher, as plain data"""
 
 
 def open_writer(how: Served) -> Writer:
@@ -63,8 +65,18 @@ def open_writer(how: Served) -> Writer:
 
     Raises:
         ModelError: it cannot be loaded.
-        MissingExtra: ``xllamacpp`` is not installed.
+        MissingExtra: ``xllamacpp``, or ``openai``, is not installed.
+        Stopped: the server does not answer.
     """
+    if how.engine == "server":
+        from transformers import AutoTokenizer
+
+        from attar.engines.served import load_served
+        from attar.recipe.chat import ChatTeacher
+        from attar.signals.served import vocabulary_size
+
+        teacher = ChatTeacher.model_validate(how.teacher)
+        return load_served(teacher, vocabulary_size(AutoTokenizer.from_pretrained(how.tokenizer)))
     if how.engine == "llama.cpp":
         from transformers import AutoTokenizer
 
@@ -87,7 +99,21 @@ class _Subject:
         self.parameters = writer.parameters
 
     def answer(self, requests: Sequence[list[int]]) -> list[float]:
-        return [self._writer.write(ids, self._tokens, measured=True).first_token_ms for ids in requests]
+        return [written.first_token_ms for written in map(self._write, requests)]
+
+    def _write(self, ids: list[int]) -> Written:
+        return self._writer.write(ids, self._tokens, measured=True)
+
+
+class _ServedSubject(_Subject):
+    """Several requests at once are what a server is for."""
+
+    def __init__(self, writer: Any, tokens: int) -> None:
+        super().__init__(writer, tokens)
+        self._each = writer.each
+
+    def answer(self, requests: Sequence[list[int]]) -> list[float]:
+        return [written.first_token_ms for written in self._each(self._write, requests)]
 
 
 def open_subject(arguments: dict[str, Any]) -> Subject:
@@ -98,7 +124,8 @@ def open_subject(arguments: dict[str, Any]) -> Subject:
 
     how = Served(**arguments["served"])
     torch.set_num_threads(how.threads or os.cpu_count() or 1)
-    return _Subject(open_writer(how), arguments["tokens"])
+    kind = _ServedSubject if how.engine == "server" else _Subject
+    return kind(open_writer(how), arguments["tokens"])
 
 
 def subject_arguments(how: Served, tokens: int) -> dict[str, Any]:

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from attar.engines.heads import head_of
-from attar.engines.load import teacher_files
+from attar.engines.load import served, teacher_files, tokenizer_place
 from attar.evaluate import evidence
 from attar.evaluate.answers import GGUF_FILE, Served, open_writer, subject_arguments
 from attar.evaluate.cases import Cases, Reading, read_cases
 from attar.evaluate.language import Floats, TeacherStates, load_student, read, states_of
+from attar.evaluate.served import ServedReads, read_served, read_server, shown_entries
 from attar.evaluate.speed import measure
 from attar.progress import track
 from attar.recipe import ChatRecipe
@@ -35,7 +36,7 @@ class Arm:
     models: list[str]
     """as ``load_local`` takes them"""
     folders: list[Path]
-    """where they are"""
+    """where they are; of a served teacher, where its tokenizer is"""
     ggufs: list[Path]
     """where their GGUF files are, if there are any"""
     dtype: str
@@ -46,7 +47,8 @@ def _arms(recipe: ChatRecipe, run: Run) -> list[Arm]:
     """Those that are measured, the teacher first."""
     teacher = recipe.teacher
     gguf = run.path("export", "teacher", "seed-0", GGUF_FILE)
-    arms = [Arm("teacher", [teacher.model], [teacher_files(recipe)], [gguf], teacher.dtype)]
+    place = tokenizer_place(recipe) if served(recipe) else teacher_files(recipe)
+    arms = [Arm("teacher", [teacher.model], [place], [gguf], teacher.dtype)]
     seeds = {"base": [0], "control": list(recipe.train.seeds), "student": list(recipe.train.seeds)}
     if run.stages["train"]["counts"]["control_equals_student"]:
         del seeds["control"]
@@ -74,9 +76,20 @@ class Measured:
         self.arms = {arm.name: arm for arm in _arms(recipe, run)}
         students = [folder for arm in self.arms.values() if arm.name != "teacher" for folder in arm.folders]
         self.cases: Cases = read_cases(recipe, run, students)
-        self.gguf = all(path.is_file() for arm in self.arms.values() for path in arm.ggufs)
-        """whether all arms go through llama.cpp; else none does, so that only like is compared"""
-        self._teacher = TeacherStates(recipe, run.path("evaluate", "states"))
+        self.served = served(recipe)
+        """whether the teacher answers through its server, wherever that is"""
+        here = [arm for arm in self.arms.values() if not (self.served and arm.name == "teacher")]
+        self.gguf = all(path.is_file() for arm in here for path in arm.ggufs)
+        """whether all arms that run here go through llama.cpp; else none does, so that only like is compared"""
+        kept = run.path("evaluate", "states")
+        self._teacher: TeacherStates | ServedReads = (
+            ServedReads(recipe, self.cases.teacher.tokenizer, kept) if self.served else TeacherStates(recipe, kept)
+        )
+
+    @property
+    def entries(self) -> int | None:
+        """How many tokens a served teacher shows at a position; None where it shows all."""
+        return shown_entries(self.recipe) if self.served else None
 
     def reading(self, arm: str) -> Reading:
         """The conversations as the arm's tokenizer reads them."""
@@ -92,11 +105,17 @@ class Measured:
             reading, teacher = self.reading(arm), self._teacher
             with track(self._run.progress, f"{arm} reads test", self.cases.size) as step:
                 if arm == "teacher":
-                    table = read(reading, teacher, teacher.head, teacher, None, step)
+                    if isinstance(teacher, ServedReads):
+                        table = read_server(reading, teacher, step)
+                    else:
+                        table = read(reading, teacher, teacher.head, teacher, None, step)
                 else:
                     engine = load_student(self.recipe, self.arms[arm].folders[number])
-                    head = head_of(engine.model, engine.tokenizer)
-                    table = read(reading, states_of(engine.model), head, teacher, self.cases.kept, step)
+                    head, states = head_of(engine.model, engine.tokenizer), states_of(engine.model)
+                    if isinstance(teacher, ServedReads):
+                        table = read_served(reading, states, head, teacher, step)
+                    else:
+                        table = read(reading, states, head, teacher, self.cases.kept, step)
             content = io.BytesIO()
             np.save(content, table, allow_pickle=False)
             write_atomic(path, content.getvalue())
@@ -113,15 +132,17 @@ class Measured:
         place, recipe = self.arms[arm], self.recipe
         folder = place.folders[number]
         longest = max(len(turn.prompt) for turn in self.reading(arm).turns)
+        remote = self.served and arm == "teacher"
         return Served(
-            engine="llama.cpp" if self.gguf else "transformers",
-            model=str(place.ggufs[number]) if self.gguf else place.models[number],
+            engine="server" if remote else "llama.cpp" if self.gguf else "transformers",
+            model=str(place.ggufs[number]) if self.gguf and not remote else place.models[number],
             tokenizer=str(folder.parent if folder.is_file() else folder),
             dtype=place.dtype,
             device=recipe.run.device,
             threads=recipe.run.threads,
             # llama.cpp keeps a place free.
             context_tokens=longest + recipe.evaluate.answer_tokens + 1,
+            teacher=recipe.teacher.model_dump(mode="json") if remote else None,
         )
 
     def answers(self, arm: str) -> list[list[list[int]]]:
@@ -157,8 +178,10 @@ class Measured:
         result: dict[str, Any] = evidence.stored(self._run.path("evaluate", "speed", f"{arm}.json"), make)
         return result
 
-    def size_mb(self, arm: str) -> float:
-        """What serving needs on disk, in 10^6 bytes."""
+    def size_mb(self, arm: str) -> float | None:
+        """What serving needs on disk, in 10^6 bytes; None of a served teacher."""
+        if self.served and arm == "teacher":
+            return None
         place = self.arms[arm]
         if self.gguf:
             return evidence.size_mb(place.ggufs[0])

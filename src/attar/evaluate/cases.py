@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from attar.data.conversations import read_conversations
 from attar.data.types import Conversation
-from attar.engines.load import teacher_files
+from attar.engines.load import teacher_tokenizer
 from attar.errors import DataError, RunError
 from attar.recipe import ChatRecipe
 from attar.tokens import TokenizedExample, encode_conversation
@@ -88,7 +88,7 @@ def read_cases(recipe: ChatRecipe, run: Run, folders: Sequence[Path]) -> Cases:
     conversations, _ = read_conversations(run.path("data", "test.jsonl"), key="data/test.jsonl", on_bad_line="stop")
     counts: Counter[str] = Counter()
     limit = recipe.curate.max_tokens
-    teacher = _teacher_tokenizer(recipe)
+    teacher = teacher_tokenizer(recipe)
     theirs = [encode_conversation(teacher, c, max_tokens=limit, counts=counts) for c in conversations]
     kept = _kept(folders)
     student, own = teacher, theirs
@@ -133,13 +133,6 @@ def answer_bytes(tokenizer: Any, example: TokenizedExample) -> int:
         return len(text.encode())
 
     return sum(until(end) - until(start) for start, end in _runs(example))
-
-
-def _teacher_tokenizer(recipe: ChatRecipe) -> Any:
-    path = teacher_files(recipe)
-    if path.is_file():
-        return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    return AutoTokenizer.from_pretrained(path)
 
 
 def _kept(folders: Sequence[Path]) -> list[int] | None:

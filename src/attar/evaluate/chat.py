@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def evaluate(recipe: ChatRecipe, run: Run) -> dict[str, Any]:
     measured.forget_teacher()
     answers = {arm: measured.answers(arm) for arm in names}
     speeds = {arm: measured.speed(arm) for arm in names}
-    costs = {arm: verdict.machine_cost(settings, speed["seconds_a_request"]) for arm, speed in speeds.items()}
+    costs = {arm: _costs(measured, arm, speed["seconds_a_request"]) for arm, speed in speeds.items()}
     scores = {arm: shares(table, "correct") for arm, table in tables.items()}
     found = {arm: _metrics(measured, arm, tables[arm], answers, bootstrap) for arm in names}
     arms: dict[str, Any] = {arm: _record(recipe, measured, arm, scores[arm], speeds[arm], costs[arm]) for arm in names}
@@ -79,7 +80,7 @@ def evaluate(recipe: ChatRecipe, run: Run) -> dict[str, Any]:
         "curves": evidence.training_curves(recipe, run, [a for a in ("student", "control") if a in measured.arms]),
         "data": {split: counts["curate"][split] for split in ("train", "val", "test", "dropped")},
         "spend": {
-            "teacher_usd": 0.0,
+            "teacher_usd": _usd(recipe, scored["tokens"] + cases.teacher.tokens + prompted, written),
             "calls": scored["examples"] + cases.size + len(cases.owner),
             "tokens": scored["tokens"] + cases.teacher.tokens + prompted + written,
         },
@@ -95,6 +96,24 @@ def evaluate(recipe: ChatRecipe, run: Run) -> dict[str, Any]:
     }
     write_json(run.path("evaluate", "evaluation.json"), evaluation)
     return {"verdict": evaluation["verdict"]}
+
+
+def _costs(measured: Measured, arm: str, seconds: Sequence[float]) -> list[float]:
+    """US dollars for one request, one value a round; of a teacher that is billed by the token, by its prices."""
+    recipe = measured.recipe
+    if arm != "teacher" or recipe.teacher.price is None:
+        return verdict.machine_cost(recipe.evaluate, seconds)
+    prompt = float(np.mean([len(turn.prompt) for turn in measured.cases.teacher.turns]))
+    return [_usd(recipe, prompt, recipe.evaluate.answer_tokens)] * len(seconds)
+
+
+def _usd(recipe: ChatRecipe, prompt_tokens: float, completion_tokens: float) -> float:
+    """What the teacher's server bills; 0 where no price is stated, as its machine's time is no bill."""
+    price = recipe.teacher.price
+    if price is None:
+        return 0.0
+    paid = prompt_tokens * price.input_usd_per_million_tokens + completion_tokens * price.output_usd_per_million_tokens
+    return paid / 1_000_000
 
 
 def _metrics(
@@ -134,6 +153,8 @@ def _record(
         "first_token_ms": {"p50": float(np.median(speed["first_token_ms"]))},
         "tokens_per_s": recipe.evaluate.answer_tokens * len(speed["latency_ms"]) / seconds,
         "size_mb": measured.size_mb(arm),
+        # What was resident is the client's, where the model is elsewhere.
+        **({"memory_mb": None} if measured.served and arm == "teacher" else {}),
         "seeds": [{"seed": seed, "quality": float(score.mean())} for seed, score in zip(seeds, scores, strict=False)],
         "about": _about(recipe, measured, arm),
     }
@@ -184,6 +205,8 @@ def _about(recipe: ChatRecipe, measured: Measured, arm: str) -> str:
         f"{o.kind} ({o.divergence})" if o.kind == "logit" else o.kind for o in recipe.distill.objectives
     )
     engine = "llama.cpp, F16" if measured.gguf else f"transformers, {_dtype(recipe, arm)}"
+    if measured.served and arm == "teacher":
+        return f"{recipe.teacher.model}, asked at {recipe.teacher.base_url}; answers and speed through its server"
     what = {
         "teacher": recipe.teacher.model,
         "base": f"{_student(recipe)}, untrained",
@@ -228,6 +251,19 @@ def _limits(recipe: ChatRecipe, measured: Measured, tables: Floats) -> list[str]
             f"The student's vocabulary has {len(cases.kept):,} of the teacher's tokens: each arm's quality is on its "
             f"own tokens, and the KL is from the teacher's distribution over these ({outside:.2%} of it is on others)."
         )
+    if measured.served:
+        entries = measured.entries
+        limits += [
+            "The teacher is served: how many parameters it has, and what memory and disk it takes, is not known.",
+            f"The KL is between distributions over the teacher's {entries} likeliest tokens and one bucket of all "
+            "others, which is as far as its server shows them; the full one is at least that.",
+            "The teacher's speed is that of its server as it was reached from here, with whatever else it had to do; "
+            "throughput is of several requests at once, where the other arms answer one after the other.",
+        ]
+        if recipe.teacher.price is None:
+            limits.append(
+                "The teacher's cost is its time at the price of evaluate.machine, as no teacher.price is stated."
+            )
     if recipe.distill.signals.source == "live":
         limits.append("What a live teacher read while the student was trained is not in the spend, its time is.")
     return limits

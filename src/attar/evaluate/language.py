@@ -31,7 +31,7 @@ from attar.signals.sparse import logit_chunks
 from attar.tokens import TokenizedExample
 from attar.workspace import digest, write_atomic
 
-__all__ = ["COLUMNS", "States", "TeacherStates", "estimates", "load_student", "read", "shares", "states_of"]
+__all__ = ["COLUMNS", "States", "TeacherStates", "estimates", "finite", "load_student", "read", "shares", "states_of"]
 
 Floats = npt.NDArray[np.float64]
 States = Callable[[TokenizedExample], Tensor]
@@ -147,6 +147,15 @@ def read(
                 row += _chunk(logits, wanted.to(device), targets[start : start + len(logits)], index, own_id)
                 start += len(logits)
         step.advance()
+    return finite(table)
+
+
+def finite(table: Floats) -> Floats:
+    """The table.
+
+    Raises:
+        RunError: a number in it is not finite.
+    """
     if not np.isfinite(table).all():
         bad = int((~np.isfinite(table)).any(1).argmax())
         values = dict(zip(COLUMNS, table[bad].tolist(), strict=True))

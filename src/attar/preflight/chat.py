@@ -14,17 +14,21 @@ from attar.collect.curate import preview
 from attar.data.conversations import read_conversations
 from attar.data.types import Conversation
 from attar.engines.heads import check_head, head_of
-from attar.engines.load import teacher_files
+from attar.engines.load import served, teacher_files
+from attar.engines.served import load_served
 from attar.errors import AttarError
 from attar.preflight.findings import Finding
 from attar.recipe import ChatRecipe
+from attar.signals.chat import signal_kind
+from attar.signals.parity import check_parity, describe
+from attar.signals.served import check_lengths, refuse_recipe, refuse_unfit, vocabulary_size
 from attar.students.language import (
     Student,
     build_student,
     different_tokens,
     encode,
-    load_teacher_model,
     require_one_vocabulary,
+    teacher_and_tokenizer,
 )
 from attar.tokens import TokenizedExample, highlight
 from attar.train.batches import Collator, TokenizedRows
@@ -44,7 +48,10 @@ _SELF = 1e-4
 
 
 def check(recipe: ChatRecipe) -> list[Finding]:
-    """Look at files, tokens and models: loads the teacher, builds the student, and computes one batch with both."""
+    """Look at files, tokens and models: loads the teacher, builds the student, and computes one batch with both.
+
+    Of a served teacher: asks its server for what it can give, and compares a few answers with its weights or itself.
+    """
     findings: list[Finding] = []
     try:
         splits = {}
@@ -53,10 +60,14 @@ def check(recipe: ChatRecipe) -> list[Finding]:
                 splits[name], _ = read_conversations(folder / f"{name}.jsonl", key=f"data.{name}", on_bad_line="stop")
         findings.append(Finding("ok", "conversations: " + ", ".join(f"{n} {len(c)}" for n, c in splits.items())))
         findings += [Finding("warn", f"{n} dropped: {reason}") for reason, n in counts["dropped"].items()]
-        teacher_files(recipe)
-        findings += _disk(recipe)
-        teacher, tokenizer = load_teacher_model(recipe)
-        check_head(teacher, tokenizer)
+        if served(recipe):
+            refuse_recipe(recipe)
+        else:
+            teacher_files(recipe)
+            findings += _disk(recipe)
+        teacher, tokenizer = teacher_and_tokenizer(recipe)
+        if teacher is not None:
+            check_head(teacher, tokenizer)
         student = build_student(recipe, teacher, tokenizer, splits["train"], recipe.run.seed)
         check_head(student.model, student.tokenizer)
         findings += _vocabularies(recipe, teacher, tokenizer, student)
@@ -64,7 +75,10 @@ def check(recipe: ChatRecipe) -> list[Finding]:
             return findings
         findings += _tokens(recipe, student.tokenizer, splits)
         findings += _memory(recipe, teacher, student, splits["train"])
-        findings += _one_batch(recipe, teacher, tokenizer, student, splits["train"])
+        if teacher is not None:
+            findings += _one_batch(recipe, teacher, tokenizer, student, splits["train"])
+        else:
+            findings += _server(recipe, tokenizer, splits["train"])
     except AttarError as error:
         findings.append(Finding("refuse", str(error)))
     return findings
@@ -81,11 +95,15 @@ def _disk(recipe: ChatRecipe) -> Iterator[Finding]:
     yield Finding("refuse" if wanted > disk else "ok", f"about {wanted / 1e9:.1f} GB of disk, {disk / 1e9:.1f} GB free")
 
 
-def _memory(recipe: ChatRecipe, teacher: Any, student: Student, conversations: list[Conversation]) -> Iterator[Finding]:
+def _memory(
+    recipe: ChatRecipe, teacher: Any | None, student: Student, conversations: list[Conversation]
+) -> Iterator[Finding]:
     """A training step by the formula, against what is free beside the models that this check has loaded."""
+    live = teacher is not None and recipe.distill.signals.source == "live"
+    loaded = [model for model in (teacher, student.model) if model is not None]
     try:
         sizes = Decoder.from_config(student.model.config)
-        asked = Decoder.from_config(teacher.config) if recipe.distill.signals.source == "live" else None
+        asked = Decoder.from_config(loaded[0].config) if live else None
     except ValueError as error:
         yield Finding("warn", f"memory of a training step: not known, as {error}")
         return
@@ -102,12 +120,12 @@ def _memory(recipe: ChatRecipe, teacher: Any, student: Student, conversations: l
         teacher=asked,
         weight_bytes=weight_bytes,
         compute_bytes=weight_bytes if recipe.train.precision == "float32" else 2,
-        teacher_bytes=next(teacher.parameters()).element_size(),
+        teacher_bytes=next(loaded[0].parameters()).element_size(),
         gradient_checkpointing=recipe.train.gradient_checkpointing,
         accumulation=recipe.train.gradient_accumulation_steps,
         trained=trained if recipe.student.lora else None,
     )
-    free = _free(teacher) + sum(p.nbytes for model in (teacher, student.model) for p in model.parameters())
+    free = _free(loaded[0]) + sum(p.nbytes for model in loaded for p in model.parameters())
     fits = step.total <= free
     cure = "lower train.tokens_per_batch, set train.gradient_checkpointing: true"
     cure += ", cache the signals" if asked else ""
@@ -126,7 +144,24 @@ def _free(model: Any) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _vocabularies(recipe: ChatRecipe, teacher: Any, tokenizer: Any, student: Student) -> Iterator[Finding]:
+def _server(recipe: ChatRecipe, tokenizer: Any, conversations: list[Conversation]) -> Iterator[Finding]:
+    """What a served teacher gives, and whether it says what its weights say, or twice the same."""
+    kind = signal_kind(recipe)
+    engine = load_served(recipe.teacher, vocabulary_size(tokenizer))
+    try:
+        room = f"{engine.max_tokens:,} tokens" if engine.max_tokens else "an unknown number of tokens"
+        yield Finding("ok", f"{engine.name} is there, with room for {room}")
+        examples = encode(recipe, tokenizer, conversations)[0]
+        check_lengths(engine, examples)
+        if any(o.kind != "response" for o in recipe.distill.objectives):
+            refuse_unfit(recipe, engine, kind)
+            yield Finding("ok", "parity: " + describe(check_parity(recipe, engine, tokenizer, examples, kind.entries)))
+            yield Finding("ok", "the objectives' gradients are not compared: that takes a teacher in this process")
+    finally:
+        engine.close()
+
+
+def _vocabularies(recipe: ChatRecipe, teacher: Any | None, tokenizer: Any, student: Student) -> Iterator[Finding]:
     """Maps are compared, not sizes; then padding, special tokens and templates."""
     require_one_vocabulary(recipe, student, tokenizer)
     different = different_tokens(student, tokenizer)
@@ -137,6 +172,8 @@ def _vocabularies(recipe: ChatRecipe, teacher: Any, tokenizer: Any, student: Stu
         else f"one vocabulary of {len(student.tokenizer):,} tokens",
     )
     for name, model, its in (("teacher", teacher, tokenizer), ("student", student.model, student.tokenizer)):
+        if model is None:
+            continue
         head = head_of(model, its)
         padded = len(head.weight) - head.size
         if padded:

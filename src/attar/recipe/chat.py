@@ -86,11 +86,34 @@ class Lora(Part):
     """names of linear layers, or `all-linear` for all but the head"""
 
 
+class ChatTeacher(TeacherModel):
+    """The expensive model: in this process, or behind vLLM's server (`openai:NAME` and `base_url`)."""
+
+    tokenizer: str | None = None
+    """`hf:FOLDER` with the tokenizer and chat template of a served teacher, which is asked with token ids"""
+    parity: str | None = None
+    """`hf:FOLDER` with the weights of a served teacher, which a few of its answers are compared with; `internal` to
+    compare them with each other alone; None takes the weights in the folder of `tokenizer`, if there are any"""
+
+    @model_validator(mode="after")
+    def _of_a_served_one(self) -> ChatTeacher:
+        behind = self.model.partition(":")[0] in ("openai", "anthropic")
+        for key, wanted in (("tokenizer", "`hf:FOLDER`"), ("parity", "`hf:FOLDER` or `internal`")):
+            value = getattr(self, key)
+            if value is None:
+                continue
+            if not behind:
+                raise ValueError(f"teacher.{key} belongs to a served teacher, openai:NAME, not to {self.model}")
+            if not value.startswith("hf:") and (key, value) != ("parity", "internal"):
+                raise ValueError(f"teacher.{key}: {value!r} is not {wanted}")
+        return self
+
+
 class Student(Part):
     """The small model."""
 
     model: str | None = None
-    """`hf:FOLDER`; None starts from the teacher"""
+    """`hf:FOLDER`; None starts from the teacher, which must be `hf:...` then"""
     shrink: Shrink = Shrink()
     lora: Lora | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -229,7 +252,7 @@ class ChatRecipe(Recipe):
 
     task: Literal["chat"]
     data: Data
-    teacher: TeacherModel
+    teacher: ChatTeacher
     student: Student = Student()
     curate: Curate = Curate()
     distill: Distill = Distill()

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
 
 from attar.data.conversations import read_conversations
-from attar.engines.load import teacher_files
+from attar.engines.load import served, teacher_files, teacher_tokenizer
 from attar.engines.local import load_local, resolve_device
+from attar.engines.served import load_served
 from attar.progress import track
 from attar.recipe import ChatRecipe
 from attar.signals.language import SignalKind, SignalReader, ask, keep_head
 from attar.signals.packing import Packed
+from attar.signals.parity import check_parity, describe
+from attar.signals.served import ask_served, check_lengths, refuse_recipe, refuse_unfit, vocabulary_size
 from attar.signals.store import SignalStore
 from attar.tokens import TokenizedExample, encode_conversations, template_fingerprint
 from attar.workspace import Run
@@ -42,6 +46,14 @@ def signal_kind(recipe: ChatRecipe) -> SignalKind:
     )
 
 
+def _teacher_of(recipe: ChatRecipe, run: Run) -> dict[str, Any]:
+    """Of a served teacher nobody sees the weights, or the number format."""
+    teacher = recipe.teacher
+    if served(recipe):
+        return {"teacher": {"model": teacher.model, "base_url": teacher.base_url}}
+    return {"teacher": run.fingerprint_path(teacher_files(recipe)), "dtype": teacher.dtype}
+
+
 def _open_store(recipe: ChatRecipe, run: Run, tokenizer: Any, kind: SignalKind) -> SignalStore:
     return SignalStore(
         run.path("signals", "tokens"),
@@ -52,8 +64,7 @@ def _open_store(recipe: ChatRecipe, run: Run, tokenizer: Any, kind: SignalKind) 
             "temperature": kind.temperature,
             "layers": list(kind.layers),
             "states": str(kind.dtype),
-            "teacher": run.fingerprint_path(teacher_files(recipe)),
-            "dtype": recipe.teacher.dtype,
+            **_teacher_of(recipe, run),
             "tokenizer and template": template_fingerprint(tokenizer),
         },
     )
@@ -89,28 +100,86 @@ def _examples(recipe: ChatRecipe, run: Run, tokenizer: Any) -> list[TokenizedExa
 
 
 def score(recipe: ChatRecipe, run: Run) -> dict[str, Any]:
-    """Ask the teacher about every example of train and val, once; goes on after the last whole shard."""
-    logits = any(o.kind != "response" for o in recipe.distill.objectives)
-    if recipe.distill.signals.source == "live" or not logits:
+    """Ask the teacher about every example of train and val, once; goes on after the last whole shard.
+
+    Raises:
+        CapabilityError: the teacher is served and does not give what the recipe wants of it.
+        RunError, ModelError: a served teacher does not say what its weights say, or what it says itself.
+        Stopped: its server is gone; what it said is kept.
+    """
+    kind = signal_kind(recipe)
+    if served(recipe):
+        refuse_recipe(recipe)
+    if not any(o.kind != "response" for o in recipe.distill.objectives):
+        return {"examples": 0, "tokens": 0, "bytes": 0}
+    if served(recipe):
+        return _score_served(recipe, run, kind)
+    if recipe.distill.signals.source == "live":
         return {"examples": 0, "tokens": 0, "bytes": 0}
     engine = load_local(recipe.teacher.model, dtype=recipe.teacher.dtype, device=resolve_device(recipe.run.device))
-    kind = signal_kind(recipe)
     store = _open_store(recipe, run, engine.tokenizer, kind)
     started = time.perf_counter()
     if kind.kind == "hidden":
         keep_head(store, engine.model, engine.tokenizer)
     examples = _examples(recipe, run, engine.tokenizer)
-    todo = [example for example in examples if example.id not in store]
-    with track(run.progress, "teacher scores conversations", len(examples)) as step, torch.no_grad():
-        step.advance(len(examples) - len(todo))
+
+    def asked(todo: Sequence[TokenizedExample]) -> Iterator[Packed]:
         for start in range(0, len(todo), SHARD):
             shard = todo[start : start + SHARD]
             records: dict[str, Packed] = {}
             for batch in _batches(shard, recipe.teacher.tokens_per_batch):
-                asked = ask(engine.model, engine.tokenizer, batch, kind)
-                records |= {example.id: record for example, record in zip(batch, asked, strict=True)}
-            store.append([e.id for e in shard], [records[e.id] for e in shard], sum(map(len, shard)))
+                answers = ask(engine.model, engine.tokenizer, batch, kind)
+                records |= {example.id: record for example, record in zip(batch, answers, strict=True)}
+            yield from (records[example.id] for example in shard)
+
+    with torch.no_grad():
+        _store_all(run, store, examples, asked)
+    return _counts(store, examples, started)
+
+
+def _score_served(recipe: ChatRecipe, run: Run, kind: SignalKind) -> dict[str, Any]:
+    tokenizer = teacher_tokenizer(recipe)
+    store = _open_store(recipe, run, tokenizer, kind)
+    examples = _examples(recipe, run, tokenizer)
+    started = time.perf_counter()
+    with closing(load_served(recipe.teacher, vocabulary_size(tokenizer))) as engine:
+        refuse_unfit(recipe, engine, kind)
+        check_lengths(engine, examples)
+        parity = None
+        if any(example.id not in store for example in examples):
+            parity = check_parity(recipe, engine, tokenizer, examples, kind.entries)
+            run.progress.note("  parity: " + describe(parity))
+        _store_all(run, store, examples, lambda todo: ask_served(engine, todo, kind))
+    # What a run that was cut off had compared is in its log.
+    return _counts(store, examples, started) | ({"parity": parity} if parity else {})
+
+
+def _store_all(
+    run: Run,
+    store: SignalStore,
+    examples: Sequence[TokenizedExample],
+    asked: Callable[[Sequence[TokenizedExample]], Iterator[Packed]],
+) -> None:
+    """Keep a record of every example that has none, in whole shards, so that they end the same after any stop."""
+    todo = [example for example in examples if example.id not in store]
+    shard: list[tuple[TokenizedExample, Packed]] = []
+
+    def keep() -> None:
+        if shard:
+            store.append([e.id for e, _ in shard], [record for _, record in shard], sum(len(e) for e, _ in shard))
             step.advance(len(shard))
+            shard.clear()
+
+    with track(run.progress, "teacher scores conversations", len(examples)) as step:
+        step.advance(len(examples) - len(todo))
+        for pair in zip(todo, asked(todo), strict=True):
+            shard.append(pair)
+            if len(shard) == SHARD:
+                keep()
+        keep()
+
+
+def _counts(store: SignalStore, examples: Sequence[TokenizedExample], started: float) -> dict[str, Any]:
     size = sum(path.stat().st_size for path in store.folder.glob("shard-*"))
     supervised = sum(int(example.supervised.sum()) for example in examples)
     return {

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from attar.data.conversations import read_conversations
+from attar.engines.load import served
 from attar.errors import CapabilityError
 from attar.recipe import ChatRecipe
 from attar.students.export_lm import export_gguf, export_safetensors
@@ -46,7 +47,7 @@ def export(recipe: ChatRecipe, run: Run) -> dict[str, Any]:
             shutil.copy(kept, target)
         if recipe.export.gguf:
             checks[name].append(export_gguf(model, tokenizer, gguf, probes=probes).as_dict())
-    if recipe.export.gguf:
+    if recipe.export.gguf and not served(recipe):
         checks |= _teacher(recipe, run)
     return {"checks": checks}
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attar.data.types import Conversation
+from attar.engines.load import served, teacher_tokenizer
 from attar.engines.local import load_local, resolve_device
 from attar.errors import CapabilityError
 from attar.recipe import ChatRecipe
@@ -25,6 +26,7 @@ __all__ = [
     "encode",
     "load_teacher_model",
     "require_one_vocabulary",
+    "teacher_and_tokenizer",
 ]
 
 # Conversations on which layers and widths are chosen.
@@ -66,6 +68,11 @@ def load_teacher_model(recipe: ChatRecipe) -> tuple[Any, Any]:
     return engine.model, engine.tokenizer
 
 
+def teacher_and_tokenizer(recipe: ChatRecipe) -> tuple[Any | None, Any]:
+    """The teacher as ``load_teacher_model`` loads it; None for the model of a served one, whose tokenizer is here."""
+    return (None, teacher_tokenizer(recipe)) if served(recipe) else load_teacher_model(recipe)
+
+
 def different_tokens(student: Student, teachers_tokenizer: Any) -> list[str]:
     """Tokens that do not mean the same id for student and teacher: maps are compared, not sizes."""
     ours, theirs = student.tokenizer.get_vocab(), teachers_tokenizer.get_vocab()
@@ -93,13 +100,13 @@ def require_one_vocabulary(recipe: ChatRecipe, student: Student, teachers_tokeni
 
 
 def build_student(
-    recipe: ChatRecipe, teacher: Any, tokenizer: Any, conversations: Sequence[Conversation], seed: int
+    recipe: ChatRecipe, teacher: Any | None, tokenizer: Any, conversations: Sequence[Conversation], seed: int
 ) -> Student:
     """The student before training: cut from the teacher or from ``student.model``, as ``student.shrink`` says.
 
     Args:
         recipe: the job.
-        teacher: the teacher's model, which stays as it is.
+        teacher: the teacher's model, which stays as it is; None of a served one.
         tokenizer: the teacher's.
         conversations: of the training split, on which layers, widths and tokens are chosen.
         seed: of random weights.

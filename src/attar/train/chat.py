@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from attar.data.conversations import read_conversations
 from attar.engines.heads import check_head, head_of
+from attar.engines.load import teacher_tokenizer
 from attar.engines.local import resolve_device
 from attar.errors import MissingExtra, RecipeError, RunError
 from attar.progress import Silent, Step, track
@@ -25,7 +26,13 @@ from attar.recipe import ChatRecipe
 from attar.signals.chat import open_reader
 from attar.students.adapt import add_lora
 from attar.students.export_lm import merge
-from attar.students.language import build_student, encode, load_teacher_model, require_one_vocabulary
+from attar.students.language import (
+    build_student,
+    encode,
+    load_teacher_model,
+    require_one_vocabulary,
+    teacher_and_tokenizer,
+)
 from attar.tokens import TokenizedExample
 from attar.train.batches import Collator, TokenizedRows
 from attar.train.language_model import LanguageModel
@@ -80,13 +87,14 @@ def _base(recipe: ChatRecipe, run: Run) -> None:
     folder = run.path("models", "base", "seed-0")
     if folder.exists():
         return
-    teacher, tokenizer = load_teacher_model(recipe)
-    check_head(teacher, tokenizer)
+    teacher, tokenizer = teacher_and_tokenizer(recipe)
+    if teacher is not None:
+        check_head(teacher, tokenizer)
     student = build_student(recipe, teacher, tokenizer, _conversations(run, "train"), recipe.run.seed)
     check_head(student.model, student.tokenizer)
     require_one_vocabulary(recipe, student, tokenizer)
     parameters = {
-        name: sum(p.numel() for p in model.parameters())
+        name: None if model is None else sum(p.numel() for p in model.parameters())
         for name, model in (("teacher", teacher), ("student", student.model))
     }
     with replace_folder(folder) as temporary:
@@ -190,9 +198,7 @@ def fit(recipe: ChatRecipe, run: Run, arm: str, seed: int) -> None:
         if recipe.distill.signals.source == "live":
             teacher, _ = load_teacher_model(recipe)
         else:
-            teachers = tokenizer
-            if kept is not None:
-                teachers = AutoTokenizer.from_pretrained(recipe.teacher.model.removeprefix("hf:"))
+            teachers = tokenizer if kept is None else teacher_tokenizer(recipe)
             reader = open_reader(recipe, run, teachers, head_of(student, tokenizer).size)
     temperature = next((o.temperature for o in objectives if isinstance(o, Logit)), 1.0)
     model = LanguageModel(
