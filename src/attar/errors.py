@@ -8,6 +8,8 @@ AttarError
 │   ├── MissingExtra          an optional dependency that this feature needs
 │   └── CapabilityError       an engine cannot give what an objective needs
 ├── PreflightRefused      a check found something that would waste the run (exit code 3)
+├── Stopped               a limit ended the run, which can be resumed (exit code 5)
+│   └── BudgetExceeded        the next call could cost more than is left
 ├── RunError              the run itself failed (exit code 1)
 │   ├── WorkspaceError        the run folder: locked, foreign, damaged
 │   ├── NoSpaceError          the disk is full
@@ -22,6 +24,7 @@ from types import ModuleType
 
 __all__ = [
     "AttarError",
+    "BudgetExceeded",
     "CapabilityError",
     "DataError",
     "Interrupted",
@@ -31,6 +34,7 @@ __all__ = [
     "PreflightRefused",
     "RecipeError",
     "RunError",
+    "Stopped",
     "TrainingError",
     "UsageError",
     "WorkspaceError",
@@ -74,6 +78,16 @@ class PreflightRefused(AttarError):
     """A preflight check found something that would waste the run."""
 
     exit_code = 3
+
+
+class Stopped(AttarError):
+    """A limit, of money, quota or time, ended the run; it can be resumed."""
+
+    exit_code = 5
+
+
+class BudgetExceeded(Stopped):
+    """The next call could cost more than is left of the budget."""
 
 
 class RunError(AttarError, RuntimeError):

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from attar.data.types import Prompt
+from attar.data.types import Message, Prompt
 from attar.errors import CapabilityError
 
-__all__ = ["Capability", "Completion", "Engine", "Scores", "Written", "need"]
+__all__ = [
+    "Answer",
+    "Capability",
+    "ChatEngine",
+    "ChatRequest",
+    "Completion",
+    "Engine",
+    "Failure",
+    "Scores",
+    "TokenLogprobs",
+    "Written",
+    "need",
+]
 
 Capability = Literal["text", "top_logprobs", "scores", "prompt_top_logprobs", "logits", "hidden", "embed"]
 
@@ -70,7 +82,108 @@ class Engine(Protocol):
         """Log-probabilities of the same continuations after each prompt."""
 
 
-def need(engine: Engine, capability: Capability, purpose: str) -> None:
+@dataclass(frozen=True)
+class ChatRequest:
+    """One request to write the next message of a conversation. A field that is None is left to the server."""
+
+    messages: tuple[Message, ...]
+    max_tokens: int
+    """of the answer, its reasoning included; the most that the request can cost follows from it"""
+    tools: tuple[dict[str, Any], ...] = ()
+    """on offer, as OpenAI schemas"""
+    tool_choice: str | None = None
+    """``auto``, ``none``, ``required``, or the name of the tool that must be called"""
+    temperature: float | None = None
+    top_p: float | None = None
+    stop: tuple[str, ...] = ()
+    """texts that end the answer and do not stand in it"""
+    seed: int | None = None
+    schema: dict[str, Any] | None = None
+    """JSON schema that the answer's text must fit"""
+    top_logprobs: int | None = None
+    """how many of the likeliest tokens are wanted at each position of the answer"""
+    sample: int = 0
+    """which of several answers to the same request this is: each number is asked, and paid, once"""
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """One token of an answer and what else could have stood there; natural logarithms."""
+
+    token: str
+    log_prob: float
+    top: tuple[tuple[str, float], ...]
+    """(token, log-probability), the likeliest first"""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an engine answered to a :class:`ChatRequest`."""
+
+    message: Message
+    """of the assistant: text, tool calls and reasoning, each apart"""
+    finish_reason: Literal["stop", "length", "tool_calls", "content_filter"]
+    """``length``: cut by ``max_tokens``; ``content_filter``: cut by the provider, or the model refused"""
+    prompt_tokens: int
+    """cached ones included"""
+    completion_tokens: int
+    """reasoning included"""
+    cached_tokens: int
+    """of the prompt, those that the server had and bills at less"""
+    model: str
+    """as the server names it"""
+    usd: float | None
+    """what it cost; None where no price is known"""
+    top_logprobs: tuple[TokenLogprobs, ...] | None = None
+    """a record a token of the text, where the request asked for it"""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A request that ended without an answer that can be used."""
+
+    reason: str
+    """in one word or two, for counting: ``content_filter``, ``bad request``, ``not json``, ``bad tool call``,
+    ``timeout``, ``server error``, ``connection``"""
+    detail: str
+    """what the server said"""
+    final: bool
+    """whether the same request would end in the same way: such a failure is kept as an answer is, and a later run does
+    not ask again"""
+    usd: float | None = None
+    """what it cost; for an unknown outcome the most that it can have cost; None where no price is known"""
+
+
+@runtime_checkable
+class ChatEngine(Protocol):
+    """Anything that continues conversations."""
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """What this engine can give: ``text``, and ``top_logprobs`` where it has them."""
+
+    def chat(self, requests: Iterable[ChatRequest]) -> Iterator[tuple[int, Answer | Failure]]:
+        """Answer requests, many at a time where the engine can.
+
+        Requests are drawn one by one as there is room for them, so that any number of them takes little memory.
+        Closing the iterator cancels what is not answered yet; nothing that was answered and paid is lost where the
+        engine keeps a ledger.
+
+        Args:
+            requests: what to ask; it is drawn in the caller's thread or another one.
+
+        Yields:
+            (number of the request, counted from 0, and what became of it), in the order of completion, each once.
+
+        Raises:
+            ModelError: what is wrong is wrong for every request: the key, the model's name, the address.
+            CapabilityError: a request asks for what the engine cannot give.
+            Stopped: budget or quota is used up, or the server is gone; what was answered is kept, and the same call
+                goes on from there.
+        """
+
+
+def need(engine: Engine | ChatEngine, capability: Capability, purpose: str) -> None:
     """Refuse an engine that cannot do what is asked of it.
 
     Raises:
