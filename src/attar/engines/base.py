@@ -143,7 +143,7 @@ class Failure:
     """A request that ended without an answer that can be used."""
 
     reason: str
-    """in one word or two, for counting: ``content_filter``, ``bad request``, ``not json``, ``bad tool call``,
+    """in a word or two, for counting: ``content_filter``, ``bad request``, ``not json``, ``bad tool call``,
     ``timeout``, ``server error``, ``connection``"""
     detail: str
     """what the server said"""
@@ -170,7 +170,7 @@ class ChatEngine(Protocol):
         engine keeps a ledger.
 
         Args:
-            requests: what to ask; it is drawn in the caller's thread or another one.
+            requests: what to ask; drawn in the caller's thread, while it waits for the next answer.
 
         Yields:
             (number of the request, counted from 0, and what became of it), in the order of completion, each once.
