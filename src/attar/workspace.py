@@ -16,14 +16,24 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import filelock
 
 from attar.errors import NoSpaceError, WorkspaceError
 from attar.progress import Progress, Silent
 
-__all__ = ["Run", "canonical", "digest", "file_digest", "open_run", "replace_folder", "write_atomic", "write_json"]
+__all__ = [
+    "Run",
+    "canonical",
+    "digest",
+    "file_digest",
+    "open_atomic",
+    "open_run",
+    "replace_folder",
+    "write_atomic",
+    "write_json",
+]
 
 MANIFEST_SCHEMA = 1
 TEMPORARY_SUFFIX = ".partial"
@@ -65,8 +75,9 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that it is either whole or not there.
+@contextmanager
+def open_atomic(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that is whole at the end, or not there if anything is raised on the way.
 
     Raises:
         NoSpaceError: the disk is full; what stood at ``path`` before is untouched.
@@ -76,14 +87,24 @@ def write_atomic(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as handle:
-                handle.write(content)
+                yield handle
                 handle.flush()
                 os.fsync(handle.fileno())
             temporary.replace(path)
             _sync_folder(path.parent)
-        except OSError:
+        except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file so that it is either whole or not there.
+
+    Raises:
+        NoSpaceError: the disk is full; what stood at ``path`` before is untouched.
+    """
+    with open_atomic(path) as handle:
+        handle.write(content)
 
 
 def write_json(path: Path, value: Any) -> None:

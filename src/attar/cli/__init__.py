@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from attar import __version__
+from attar.cli import imports as _imports  # noqa: F401 - registers its verb
 from attar.cli import runs as _runs  # noqa: F401 - registers its verbs
 from attar.cli.app import app
 from attar.errors import AttarError, Interrupted

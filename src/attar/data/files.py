@@ -95,11 +95,15 @@ def read_rows(path: Path, key: str) -> Iterator[tuple[int, Any]]:
     if suffix == ".parquet":
         parquet = require("pyarrow.parquet", "parquet")
         try:
-            table = parquet.read_table(path)
+            table = parquet.ParquetFile(path)
         except (OSError, ValueError) as error:
             raise DataError(f"{key}: {path} is no Parquet file ({error})") from error
-        yield from enumerate(table.to_pylist(), start=1)
+        with table:
+            rows = (row for batch in table.iter_batches(batch_size=1000) for row in batch.to_pylist())
+            yield from enumerate(rows, start=1)
     elif suffix in (".jsonl", ".json", ".csv"):
+        # A cell may hold a whole conversation; the module's own limit is 131,072 characters.
+        csv.field_size_limit(2**31 - 1)
         try:
             with path.open(encoding="utf-8-sig", newline="" if suffix == ".csv" else None) as handle:
                 yield from enumerate(csv.DictReader(handle), start=2) if suffix == ".csv" else _json_lines(handle)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from attar.recipe.part import Part, Positive, Share, absolute, unique
 
 __all__ = [
     "Evaluate",
@@ -24,25 +26,6 @@ __all__ = [
     "nearest",
     "unique",
 ]
-
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Part(BaseModel):
-    """A frozen part of a recipe; unknown keys and wrong types are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-def unique(values: tuple[str, ...]) -> tuple[str, ...]:
-    """The values; ValueError where one is empty or stands twice."""
-    repeated = sorted({v for v in values if values.count(v) > 1})
-    if repeated:
-        raise ValueError(f"repeated: {', '.join(repeated)}")
-    if any(not v.strip() for v in values):
-        raise ValueError("one is empty")
-    return values
 
 
 class Train(Part):
@@ -146,11 +129,6 @@ class Recipe(Part):
         data = self.data.model_copy(update=moved)
         run = self.run.model_copy(update={"folder": absolute(base, self.folder)})
         return self.model_copy(update={"data": data, "run": run})
-
-
-def absolute(base: Path, path: Path) -> Path:
-    """A path of the user's, counted from ``base`` where it is relative."""
-    return (base / path.expanduser()).resolve()
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
