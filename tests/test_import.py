@@ -233,7 +233,12 @@ def test_langfuse_says_what_is_no_call(tmp_path):
 
 def test_langfuse_pages_and_blob_storage(tmp_path):
     page = json.loads((FIXTURES / "langfuse.json").read_text("utf-8"))
-    snake = {"traceId": "trace_id", "sessionId": "session_id", "usageDetails": "usage_details", "startTime": "start_time"}
+    snake = {
+        "traceId": "trace_id",
+        "sessionId": "session_id",
+        "usageDetails": "usage_details",
+        "startTime": "start_time",
+    }
     blob = [{snake.get(key, key): value for key, value in row.items()} for row in page[:2]]
     for rows in ([{"data": page, "meta": {"page": 1}}], blob):
         got, _, _ = imported(tmp_path, write(tmp_path / "x.jsonl", rows))
@@ -258,7 +263,7 @@ def test_otel_attributes(tmp_path):
 
 
 def test_otel_events_of_spans_and_in_logs(tmp_path):
-    rows, result, _ = imported(tmp_path, "otel-events.jsonl")
+    rows, result, _ = imported(tmp_path, "otel-events.jsonl", merge=False)
     call, summed, numbered = conversations(rows)
     assert call.messages == OSLO.messages[:3]
     assert summed.messages == (Message("user", "2 + 2?"), Message("assistant", "4"))
@@ -266,6 +271,10 @@ def test_otel_events_of_spans_and_in_logs(tmp_path):
     assert numbered.messages[2].tool_calls == OSLO.messages[2].tool_calls
     assert rows[2]["meta"]["usage"] == {"prompt_tokens": 85, "completion_tokens": 9}
     assert result.skipped == {"no answer": 1, "no model call": 1}
+    # Two instrumentations of one trace: the call that an event told, and the one after it.
+    rows, result, _ = imported(tmp_path, "otel-events.jsonl")
+    assert OSLO.messages in [c.messages for c in conversations(rows)]
+    assert result.joined == {"merged": 1}
 
 
 def test_a_printed_span(tmp_path):

@@ -29,7 +29,7 @@ def merged(*calls, open_bytes=2**20):
 EPISODE = [Conversation(said(*"abcdef"[:n]), TOOLS, "e") for n in (2, 4, 6)]
 
 
-@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_an_episode_in_any_order_is_one_conversation(order):
     [(conversation, meta)], counts = merged(*(EPISODE[i] for i in order))
     assert conversation == EPISODE[2]

@@ -6,7 +6,7 @@ import textwrap
 import pytest
 from pydantic import TypeAdapter
 
-from attar.collect.verify import load_verifiers
+from attar.collect.verify import load_verifiers, sandbox
 from attar.collect.verify.sandbox import Limits, isolation_problem, run_python
 from attar.data.types import Conversation, Message
 from attar.errors import RunError
@@ -233,11 +233,10 @@ def test_what_it_began_does_not_outlive_it():
 
 
 def test_a_machine_without_isolation_is_refused(monkeypatch, tmp_path):
+    source = sandbox._CONFINED.read_text("utf-8")
     broken = tmp_path / "confined.py"
-    text = (__import__("attar.collect.verify.confined", fromlist=["x"]).__file__,)
-    source = open(text[0]).read().replace("user, group = os.getuid()", 'raise OSError(1, "not granted")\n    user, group = os.getuid()')
-    broken.write_text(source)
-    monkeypatch.setattr("attar.collect.verify.sandbox._CONFINED", broken)
-    with pytest.raises(RunError, match="grants no isolation .*not granted.*isolation: limits"):
+    broken.write_text(source.replace("    user, group =", '    raise OSError(1, "not granted")\n    user, group =', 1))
+    monkeypatch.setattr(sandbox, "_CONFINED", broken)
+    with pytest.raises(RunError, match=r"grants no isolation .*not granted.*isolation: limits"):
         run("print(1)", Limits(timeout_s=20, memory_mb=512, output_kb=64))
     assert run("print(1)", Limits(timeout_s=20, memory_mb=512, output_kb=64, required=False)).output == "1\n"

@@ -31,7 +31,8 @@ def _import(
     merge: Annotated[
         bool,
         typer.Option(
-            "--merge/--no-merge", help="Make one conversation of calls that repeat the turns before them, or leave each."
+            "--merge/--no-merge",
+            help="Make one conversation of calls that repeat the turns before them, or leave each.",
         ),
     ] = True,
     explain: Annotated[bool, typer.Option("--explain", help="List each row that was left out, and why.")] = False,

@@ -59,7 +59,9 @@ def _episode(row: dict[str, Any], group: str | None) -> Found:
         messages += told
         left_out += lost
         metrics = step.get("metrics") or {}
-        left_out += [f"metrics.{key}" for key in ("logprobs", "completion_token_ids", "prompt_token_ids") if metrics.get(key)]
+        left_out += [
+            f"metrics.{key}" for key in ("logprobs", "completion_token_ids", "prompt_token_ids") if metrics.get(key)
+        ]
     final = row.get("final_metrics") or {}
     notes = {**(row.get("extra") or {}), **(final.get("extra") or {})}
     models = [step["model_name"] for step in steps if step.get("model_name")]
@@ -75,13 +77,19 @@ def _episode(row: dict[str, Any], group: str | None) -> Found:
 
 
 def _message(step: dict[str, Any], where: str) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": _ROLES[step["source"]], "content": _content(step.get("message"), f"{where}.message")}
+    message: dict[str, Any] = {
+        "role": _ROLES[step["source"]],
+        "content": _content(step.get("message"), f"{where}.message"),
+    }
     if step["source"] != "agent":
         return message
     if step.get("reasoning_content"):
         message["reasoning_content"] = step["reasoning_content"]
     calls = [
-        {"id": call.get("tool_call_id"), "function": {"name": call.get("function_name"), "arguments": call.get("arguments")}}
+        {
+            "id": call.get("tool_call_id"),
+            "function": {"name": call.get("function_name"), "arguments": call.get("arguments")},
+        }
         for call in step.get("tool_calls") or ()
         if isinstance(call, dict)
     ]

@@ -30,7 +30,9 @@ def read_call(request: Any, response: Any, tools: Any = None) -> Iterator[Found]
     if isinstance(response, dict) and response.get("error"):
         raise BadRow("failed call", f"the response is an error: {shown(response['error'])}")
     if response in (None, "", {}, []):
-        raise BadRow("no answer", f"the response is {shown(response)}; where the log leaves contents out, switch them on")
+        raise BadRow(
+            "no answer", f"the response is {shown(response)}; where the log leaves contents out, switch them on"
+        )
     if isinstance(request, dict) and "input" in request and "messages" not in request:
         yield responses_call(request, response)
         return

@@ -32,7 +32,9 @@ def _own_messages(row: dict[str, Any]) -> list[dict[str, Any]] | None:
 def _anthropic(row: dict[str, Any]) -> bool:
     if row.get("system"):
         return True
-    blocks = (b for m in messages_in(row.get("messages")) or [] if isinstance(m.get("content"), list) for b in m["content"])
+    blocks = (
+        b for m in messages_in(row.get("messages")) or [] if isinstance(m.get("content"), list) for b in m["content"]
+    )
     return any(isinstance(block, dict) and block.get("type") in _ANTHROPIC for block in blocks)
 
 

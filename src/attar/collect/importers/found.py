@@ -67,7 +67,9 @@ def each_row(read: Callable[[dict[str, Any]], Iterable[Found | BadRow]]) -> Impo
             except BadRow as bad:
                 yield bad
             except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-                yield BadRow("malformed", f"the row is not of the shape that it seemed ({type(error).__name__}: {error})")
+                yield BadRow(
+                    "malformed", f"the row is not of the shape that it seemed ({type(error).__name__}: {error})"
+                )
 
     return importer
 
@@ -150,7 +152,9 @@ def tools_in(value: Any) -> list[dict[str, Any]]:
         elif isinstance(tool, dict) and isinstance(tool.get("name"), str) and "input_schema" not in tool:
             if tool.get("type") not in (None, "function", "custom"):
                 raise BadRow("bad tools", f"{shown(tool)} is a tool of the provider, without a schema")
-            kept = {key: tool[key] for key in ("name", "description", "parameters", "strict") if tool.get(key) is not None}
+            kept = {
+                key: tool[key] for key in ("name", "description", "parameters", "strict") if tool.get(key) is not None
+            }
             tools.append({"type": "function", "function": kept})
         else:
             tools.append(openai_tool(tool))
@@ -189,7 +193,9 @@ def wire_messages(rows: Iterable[Any]) -> tuple[list[dict[str, Any]], list[str]]
 
 def _openai_message(row: dict[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
     message = {key: row[key] for key in _KEPT if row.get(key) is not None}
-    message["role"] = {"function": "tool", "ai": "assistant", "human": "user"}.get(str(row.get("role")), row.get("role"))
+    message["role"] = {"function": "tool", "ai": "assistant", "human": "user"}.get(
+        str(row.get("role")), row.get("role")
+    )
     if row.get("audio") is not None:
         raise BadRow("no text", f"{where}.audio is {shown(row['audio'])}, only text is read")
     for key in _REASONING:

@@ -19,7 +19,7 @@ from attar.data.types import Conversation, Message
 
 __all__ = ["Merger", "learn_last"]
 
-# Text of conversations that wait for a further turn. An older one is written as it is, and what comes later stands apart.
+# Text of conversations that wait for a further turn. The oldest is written as it is; what comes later stands apart.
 OPEN_BYTES = 128 * 2**20
 
 

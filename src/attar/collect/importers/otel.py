@@ -175,7 +175,9 @@ def _event_message(kind: str, own: dict[str, Any]) -> tuple[str, dict[str, Any]]
     if isinstance(message.get("content"), (dict, list)) and isinstance(kept["content"], str):
         # A text that happens to be JSON stays a text, unless its parts say what they are.
         parts = message["content"]
-        if isinstance(parts, list) and any(isinstance(p, dict) and ({"text", "toolUse", "toolResult"} & set(p)) for p in parts):
+        if isinstance(parts, list) and any(
+            isinstance(p, dict) and ({"text", "toolUse", "toolResult"} & set(p)) for p in parts
+        ):
             raise BadRow("no text", f"content is {shown(kept['content'])}, blocks of Bedrock are not read")
         message["content"] = kept["content"]
     if kind == "tool" or own.get("id") is not None:

@@ -33,7 +33,9 @@ def attributes(value: Any) -> dict[str, Any]:
     """Attributes as an object: OTLP's list of keys and values, or an object already."""
     if isinstance(value, dict):
         return value
-    return {item["key"]: any_value(item.get("value")) for item in value or () if isinstance(item, dict) and "key" in item}
+    return {
+        item["key"]: any_value(item.get("value")) for item in value or () if isinstance(item, dict) and "key" in item
+    }
 
 
 def part_messages(rows: Iterable[dict[str, Any]], between: str = "") -> list[dict[str, Any]]:
@@ -69,7 +71,10 @@ def _message(row: dict[str, Any], parts: list[Any], between: str) -> tuple[list[
         elif kind == "reasoning":
             thoughts.append(str(part.get("content") or ""))
         elif kind == "tool_call":
-            function = {"name": part.get("name"), "arguments": {} if part.get("arguments") is None else part["arguments"]}
+            function = {
+                "name": part.get("name"),
+                "arguments": {} if part.get("arguments") is None else part["arguments"],
+            }
             calls.append({"id": part.get("id"), "type": "function", "function": function})
         elif kind == "tool_call_response":
             result = part["response"] if "response" in part else part.get("result")

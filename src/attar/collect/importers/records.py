@@ -39,7 +39,7 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _is_lines(path: Path) -> bool:
-    """Whether some line near the beginning is a whole object; a pretty-printed document has none that starts at once."""
+    """Whether some line near the beginning is a whole object, as none is in a document that is spread over lines."""
     with path.open("rb") as handle:
         for line in islice(handle, _LOOK):
             text = line.removeprefix(codecs.BOM_UTF8).strip()

@@ -55,9 +55,7 @@ def _messages(items: Iterable[Any]) -> list[dict[str, Any]]:
         kind = item.get("type", "message") if isinstance(item, dict) else None
         if kind == "function_call_output":
             open_answer = None
-            messages.append(
-                {"role": "tool", "tool_call_id": item.get("call_id"), "content": _text(item.get("output"))}
-            )
+            messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": _text(item.get("output"))})
         elif kind == "message" and item.get("role") != "assistant":
             open_answer = None
             messages.append({"role": item.get("role"), "content": _text(item.get("content"))})
@@ -67,7 +65,9 @@ def _messages(items: Iterable[Any]) -> list[dict[str, Any]]:
                 messages.append(open_answer)
             _add(open_answer, kind, item)
         else:
-            raise BadRow("no text", f"an item is {shown(item)}, wanted a message, reasoning, or a function's call or output")
+            raise BadRow(
+                "no text", f"an item is {shown(item)}, wanted a message, reasoning, or a function's call or output"
+            )
     return messages
 
 
@@ -76,7 +76,9 @@ def _add(answer: dict[str, Any], kind: str, item: dict[str, Any]) -> None:
         answer["content"] += _text(item.get("content"))
     elif kind == "function_call":
         function = {"name": item.get("name"), "arguments": item.get("arguments")}
-        answer.setdefault("tool_calls", []).append({"id": item.get("call_id"), "type": "function", "function": function})
+        answer.setdefault("tool_calls", []).append(
+            {"id": item.get("call_id"), "type": "function", "function": function}
+        )
     else:
         parts = item.get("content") or item.get("summary") or []
         thought = "\n".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))

@@ -16,7 +16,7 @@ from attar.collect.importers.merge import Merger, learn_last
 from attar.collect.importers.records import read_records
 from attar.data.conversations import BadRow, parse_conversation
 from attar.data.types import Conversation
-from attar.errors import DataError, UsageError
+from attar.errors import DataError, UsageError, require
 from attar.recipe.base import nearest
 from attar.workspace import open_atomic
 
@@ -24,6 +24,7 @@ __all__ = ["Format", "Imported", "Skipped", "import_files"]
 
 # Rows that are looked at to tell a file's format.
 _LOOK = 20
+_TOOLS = ("tools", "functions", "tool_definitions")
 
 
 class Format(NamedTuple):
@@ -101,7 +102,7 @@ def import_files(
             source = _Source(path, result, on_skipped)
             for found in source.found(importer, name):
                 try:
-                    conversation, meta = _checked(found, path, name, source.columnar)
+                    conversation, meta = _checked(found, path, name)
                 except BadRow as bad:
                     source.skip(bad)
                     continue
@@ -118,9 +119,9 @@ def import_files(
     return result
 
 
-def _checked(found: Found, path: Path, name: str, columnar: bool) -> tuple[Conversation, dict[str, Any]]:
+def _checked(found: Found, path: Path, name: str) -> tuple[Conversation, dict[str, Any]]:
     row = {"messages": found.messages, "tools": found.tools or None, "group": found.group}
-    conversation = parse_conversation(row, columnar=columnar)
+    conversation = parse_conversation(row)
     if found.exchange and conversation.messages[-1].role != "assistant":
         raise BadRow("no answer", f"the last message is of role {conversation.messages[-1].role!r}")
     meta = {"source": path.name, "format": name} | found.meta
@@ -131,7 +132,7 @@ class _Source:
     """The rows of one file on their way into an importer; remembers where it stands."""
 
     def __init__(self, path: Path, result: Imported, on_skipped: Callable[[Skipped], None]) -> None:
-        self.columnar = path.suffix.lower() == ".parquet" and _has_structs(path)
+        self._columnar = path.suffix.lower() == ".parquet" and _has_structs(path)
         self._path, self._result, self._on_skipped = path, result, on_skipped
         self._number = 0
 
@@ -140,13 +141,21 @@ class _Source:
         self._on_skipped(Skipped(self._path.name, self._number, bad.reason, str(bad)))
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        for self._number, row in read_records(self._path):
+        for number, row in read_records(self._path):
+            self._number = number
             self._result.rows += 1
-            if isinstance(row, dict):
-                yield row
-            else:
+            if not isinstance(row, dict):
                 kind = str(row) if isinstance(row, DataError) else f"an object is wanted, this is {type(row).__name__}"
                 self.skip(BadRow("malformed", kind))
+                continue
+            key = _mixed_up(row) if self._columnar else None
+            if key is None:
+                yield row
+            else:
+                detail = (
+                    f"{key} is an object; in Parquet an object gets the keys of all rows, so write it as a JSON string"
+                )
+                self.skip(BadRow("bad tools" if key in _TOOLS else "bad tool call", detail))
 
     def found(self, importer: Importer, name: str) -> Iterator[Found]:
         try:
@@ -200,10 +209,21 @@ def _recognised(path: Path, formats: dict[str, Format]) -> str:
     raise DataError(f"import: {path.name}: it could be {rows}; name the one with --format")
 
 
+def _mixed_up(value: Any, key: str = "") -> str | None:
+    """The key of a tool's schema or of a call's arguments that a table has made one object with those of other rows."""
+    if isinstance(value, dict):
+        if key in (*_TOOLS, "arguments"):
+            return key
+        if value.get("type") == "tool_use" and isinstance(value.get("input"), dict):
+            return "input"
+        return next((found for name, inner in value.items() if (found := _mixed_up(inner, name))), None)
+    if isinstance(value, list):
+        return next((found for inner in value if (found := _mixed_up(inner, key))), None)
+    return None
+
+
 def _has_structs(path: Path) -> bool:
     """Whether a table has columns of objects, each of which got the keys of all rows."""
-    from attar.errors import require
-
     parquet = require("pyarrow.parquet", "parquet")
     types = require("pyarrow.types", "parquet")
     pending = [column.type for column in parquet.read_schema(path)]

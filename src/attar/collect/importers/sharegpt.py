@@ -27,7 +27,7 @@ def has_conversations(row: dict[str, Any]) -> bool:
 
 @each_row
 def read_sharegpt(row: dict[str, Any]) -> Iterator[Found]:
-    """A conversation a row. A call is a turn ``function_call``, its result a turn ``observation``; neither has an id."""
+    """A conversation a row. A call is a turn ``function_call``, its result an ``observation``; neither has an id."""
     turns = loaded(row.get("conversations"))
     if not isinstance(turns, list):
         raise BadRow("no messages", f"conversations is {shown(turns)}, wanted a list of turns")
@@ -38,7 +38,12 @@ def read_sharegpt(row: dict[str, Any]) -> Iterator[Found]:
     for number, turn in enumerate(turns):
         messages.append(_message(turn, f"conversations[{number}]"))
         left_out += [f"turn.{key}" for key in turn if key not in ("from", "value", "weight", "loss") and turn[key]]
-    yield Found(messages, tools_in(row.get("tools")), meta={"id": row.get("id"), "model": row.get("model")}, left_out=tuple(left_out))
+    yield Found(
+        messages,
+        tools_in(row.get("tools")),
+        meta={"id": row.get("id"), "model": row.get("model")},
+        left_out=tuple(left_out),
+    )
 
 
 def _message(turn: Any, where: str) -> dict[str, Any]:
@@ -51,7 +56,9 @@ def _message(turn: Any, where: str) -> dict[str, Any]:
         made = loaded(turn.get("value"))
         calls = made if isinstance(made, list) else [made]
         if not all(isinstance(call, dict) and "name" in call for call in calls):
-            raise BadRow("bad tool call", f'{where}.value is {shown(made)}, wanted {{"name": "...", "arguments": {{}}}}')
+            raise BadRow(
+                "bad tool call", f'{where}.value is {shown(made)}, wanted {{"name": "...", "arguments": {{}}}}'
+            )
         wire = [{"function": {"name": c["name"], "arguments": c.get("arguments", {})}} for c in calls]
         message = {"role": "assistant", "content": "", "tool_calls": wire}
     learned = turn.get("weight", turn.get("loss"))

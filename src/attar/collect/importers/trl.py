@@ -35,7 +35,9 @@ def read_trl(row: dict[str, Any]) -> Iterator[Found]:
         given = row.get("input")
         asked = given.get("messages") if isinstance(given, dict) else given
         tools = given.get("tools") if isinstance(given, dict) else tools
-    answered = row["preferred_output"] if "preferred_output" in row else row["chosen"] if pair else row.get("completion")
+    answered = (
+        row["preferred_output"] if "preferred_output" in row else row["chosen"] if pair else row.get("completion")
+    )
     before, lost = _turns(asked, "prompt", "user") if asked not in (None, "") else ([], [])
     after, more = _turns(answered, "chosen" if pair else "completion", "assistant")
     # Messages of the prompt are read, not learned; without a prompt of its own a pair holds whole conversations.

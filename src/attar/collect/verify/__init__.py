@@ -22,7 +22,9 @@ def _function(part: recipe.Function) -> Verifier:
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise RecipeError(f"collect.generate.verify: {part.name} is no function that can be imported ({error})") from error
+        raise RecipeError(
+            f"collect.generate.verify: {part.name} is no function that can be imported ({error})"
+        ) from error
 
     def verify(conversation: Conversation, row: Mapping[str, Any]) -> Verdict:
         said = function(conversation, row)

@@ -127,9 +127,7 @@ def run_python(
     return ran
 
 
-def _followed(
-    process: subprocess.Popen[bytes], results: IO[bytes], stdin: bytes, limits: Limits
-) -> tuple[Ran, bytes]:
+def _followed(process: subprocess.Popen[bytes], results: IO[bytes], stdin: bytes, limits: Limits) -> tuple[Ran, bytes]:
     """Feed a process and take what it writes until it ends or a limit is met."""
     assert process.stdin is not None
     assert process.stdout is not None
@@ -208,8 +206,8 @@ def _read(ran: Ran, lines: bytes, nonce: str, limits: Limits) -> Ran:
             told += [value] if isinstance(value, dict) else []
     if limits.required and told and told[0].get("isolation") is not None:
         raise RunError(
-            f"what a model wrote is not run: this machine grants no isolation ({told[0]['isolation']}); run on Linux with "
-            "user namespaces, or set isolation: limits, with which it runs with your rights"
+            f"what a model wrote is not run: this machine grants no isolation ({told[0]['isolation']}); run on Linux "
+            "with user namespaces, or set isolation: limits, with which it runs with your rights"
         )
     ran.results = [value for value in told[1:] if "value" in value or "error" in value]
     if ran.ended == "crashed" and told and told[-1].get("done") == nonce:
