@@ -14,9 +14,9 @@ from attar.recipe.verify import Verifier
 PARTS = TypeAdapter(Verifier)
 
 
-def check(part, answer, **row):
+def check(part, text, **row):
     [(_, verifier)] = load_verifiers([PARTS.validate_python(part)])
-    return verifier(Conversation((Message("user", "?"), Message("assistant", answer, reasoning="42"))), row)
+    return verifier(Conversation((Message("user", "?"), Message("assistant", text, reasoning="42"))), row)
 
 
 def right(conversation, row):
