@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from attar.recipe.collect import Collect
-from attar.recipe.part import Part, Positive, Share, absolute
+from attar.recipe.part import Part, Positive, Share, absolute, unique
 
 __all__ = [
     "Budget",
@@ -29,16 +29,6 @@ __all__ = [
     "nearest",
     "unique",
 ]
-
-
-def unique(values: tuple[str, ...]) -> tuple[str, ...]:
-    """The values; ValueError where one is empty or stands twice."""
-    repeated = sorted({v for v in values if values.count(v) > 1})
-    if repeated:
-        raise ValueError(f"repeated: {', '.join(repeated)}")
-    if any(not v.strip() for v in values):
-        raise ValueError("one is empty")
-    return values
 
 
 class Train(Part):
