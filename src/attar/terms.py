@@ -63,10 +63,11 @@ def known_terms() -> tuple[str, tuple[Entry, ...]]:
     """The list's date and its entries."""
     content: dict[str, Any] = yaml.safe_load(files("attar").joinpath("terms.yaml").read_text("utf-8"))
     lists = ("engines", "models", "licences")
-    entries = (
-        Entry(**{key: tuple(value) if key in lists else str(value) for key, value in entry.items()})
-        for entry in content["entries"]
-    )
+    entries = []
+    for entry in content["entries"]:
+        # YAML makes dates of days, and lists.
+        values: dict[str, Any] = {key: tuple(v) if key in lists else str(v) for key, v in entry.items()}
+        entries.append(Entry(**values))
     return str(content["date"]), tuple(entries)
 
 

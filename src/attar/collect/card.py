@@ -141,7 +141,6 @@ def write_card(path: Path, recipe: ChatRecipe | ClassifyRecipe, card: Card) -> N
     """Write the card of a run's data."""
     teacher = recipe.teacher
     terms = terms_of(teacher.model, teacher.licence, elsewhere=getattr(teacher, "base_url", None) is not None)
-    acknowledged = {None: "not stated"}.get(teacher.terms, teacher.terms)
     splits = [
         (
             name,
@@ -170,7 +169,7 @@ def write_card(path: Path, recipe: ChatRecipe | ClassifyRecipe, card: Card) -> N
                 ("licence of the data", recipe.data.licence or "not stated"),
                 ("training on its answers", terms.use),
                 ("terms", terms.words),
-                ("acknowledged by the user", acknowledged),
+                ("acknowledged by the user", teacher.terms or "not stated"),
                 ("list of terms", terms.date),
             ],
         ),

@@ -29,7 +29,7 @@ def verify(context: Context, left: NDArray[Any], right: NDArray[Any], length: in
         return duplicates.Place(int(row["worker"]), int(row["words"]), int(row["count"]), int(row["prompt"]))
 
     pairs = ((place(a), place(b)) for a, b in zip(left, right, strict=True))
-    return duplicates.similarities(lambda at: words_at(context, at.file, at.start, at.count), pairs, length)
+    return duplicates.similarities(lambda at: words_at(context, at.file, at.start, at.length), pairs, length)
 
 
 def scan(context: Context, rows: NDArray[Any], length: int) -> NDArray[np.int64]:
@@ -40,7 +40,8 @@ def scan(context: Context, rows: NDArray[Any], length: int) -> NDArray[np.int64]
     begin = int(rows["words"].min())
     end = int((rows["words"] + rows["count"]).max())
     words = words_at(context, int(rows["worker"][0]), begin, end - begin)
-    return context.memory["tests"].shared(words, rows["words"].astype(np.int64) - begin, rows["count"])
+    tests: contamination.TestRuns = context.memory["tests"]
+    return tests.shared(words, rows["words"].astype(np.int64) - begin, rows["count"])
 
 
 class Comparison:
@@ -200,9 +201,9 @@ class Comparison:
             for row in test.rows[cases]
         ]
         counts = np.array([len(part) for part in words], np.int64)
-        stored = {"words": np.concatenate(words), "starts": np.cumsum(counts) - counts, "counts": counts}
-        np.savez(self._context.folder / "tests.npz", **stored)
-        tests = contamination.TestRuns(**stored, length=length)
+        flat, starts = np.concatenate(words), np.cumsum(counts) - counts
+        np.savez(self._context.folder / "tests.npz", words=flat, starts=starts, counts=counts)
+        tests = contamination.TestRuns(flat, starts, counts, length)
         if not len(tests.hashes):
             return {}
         mask = np.zeros(len(self._pool.rows), bool)

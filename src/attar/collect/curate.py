@@ -216,7 +216,7 @@ def _write(
     redacted: Counter[str],
 ) -> dict[str, Any]:
     """Write every split, what was dropped, and the card."""
-    names = ("train", "val", "dev", "calibration", "test")
+    names: tuple[str, ...] = ("train", "val", "dev", "calibration", "test")
     if isinstance(recipe, ChatRecipe):
         names = tuple(name for name in names if name in splits or name in tables)
     sizes, hashes, newest = {}, {}, {}

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Vocabulary", "runs", "shingles"]
+__all__ = ["U32", "U64", "Vocabulary", "runs", "shingles"]
 
-U32, U64 = NDArray[np.uint32], NDArray[np.uint64]
+U32 = NDArray[np.uint32]
+U64 = NDArray[np.uint64]
 
 _PRIME = np.uint64(0x9E3779B97F4A7C15)
 # Words that are remembered; the rest are hashed again.
@@ -55,7 +56,8 @@ def _each(starts: NDArray[Any], counts: NDArray[Any]) -> NDArray[np.int64]:
     counts = counts.astype(np.int64)
     ends = np.cumsum(counts)
     inside = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - counts, counts)
-    return np.repeat(starts.astype(np.int64), counts) + inside
+    places: NDArray[np.int64] = np.repeat(starts.astype(np.int64), counts) + inside
+    return places
 
 
 def runs(words: U32, starts: NDArray[Any], counts: NDArray[Any], length: int) -> tuple[U64, NDArray[np.int64]]:

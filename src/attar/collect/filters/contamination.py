@@ -36,7 +36,8 @@ class TestRuns:
 
     @staticmethod
     def _slot(hashes: U64) -> NDArray[np.int64]:
-        return (hashes >> np.uint64(64 - _BITS)).astype(np.int64)
+        slots: NDArray[np.int64] = (hashes >> np.uint64(64 - _BITS)).astype(np.int64)
+        return slots
 
     def shared(self, words: U32, starts: NDArray[Any], counts: NDArray[Any]) -> NDArray[np.int64]:
         """Which rows have which of the runs: [matches, 2] of (row, run), sorted, each once."""

@@ -87,17 +87,18 @@ class Place(NamedTuple):
 
     file: int
     start: int
-    count: int
+    length: int
     prompt: int
 
 
 def _jaccard(left: U32, right: U32, length: int) -> float:
-    sets = []
-    for part in (left, right):
-        hashes, _ = shingles(part, np.zeros(1, np.int64), np.array([len(part)]), length)
-        sets.append(np.unique(hashes))
-    shared = len(np.intersect1d(*sets, assume_unique=True))
-    return shared / (len(sets[0]) + len(sets[1]) - shared)
+    def of(words: U32) -> U64:
+        hashes, _ = shingles(words, np.zeros(1, np.int64), np.array([len(words)]), length)
+        return np.unique(hashes)
+
+    one, other = of(left), of(right)
+    shared = len(np.intersect1d(one, other, assume_unique=True))
+    return shared / (len(one) + len(other) - shared)
 
 
 def similarities(read: Callable[[Place], U32], pairs: Iterable[tuple[Place, Place]], length: int) -> list[float]:
