@@ -5,6 +5,8 @@ import contextlib
 import json
 import threading
 
+import httpx2
+
 from attar.collect.record import make_app
 from attar.collect.redact import Redactor
 from attar.collect.store import read_exchanges
@@ -130,8 +132,8 @@ def serving(app):
 
 
 class Recording:
-    def __init__(self, url, writer, folder):
-        self.url, self.writer, self.folder = url, writer, folder
+    def __init__(self, url, writer, folder, http):
+        self.url, self.writer, self.folder, self.http = url, writer, folder, http
 
     def rows(self):
         """Everything that was recorded; the recorder has to be stopped."""
@@ -149,5 +151,10 @@ def recording(upstream, folder, *, token=None, **settings):
         queue_bytes=settings.queue_mb << 20,
         keep_days=settings.keep_days,
     )
-    with serving(make_app(settings, writer, token)) as url:
-        yield Recording(url, writer, folder)
+    with serving(make_app(settings, writer, token)) as url, client(url) as http:
+        yield Recording(url, writer, folder, http)
+
+
+def client(url):
+    """A plain HTTP client, patient as the machine may be shared."""
+    return httpx2.Client(base_url=url, trust_env=False, timeout=100)
