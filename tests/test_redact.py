@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from attar.collect import redact
 from attar.collect.redact import Redactor, pseudonym
+from attar.data import secrets
 
 ALL = Redactor(("email", "key", "phone"), {})
 
@@ -136,8 +136,8 @@ def test_the_secrets_of_a_call_are_found_as_they_are():
 
 
 def test_a_long_text_is_searched_whole(monkeypatch):
-    monkeypatch.setattr(redact, "_WINDOW", 64)
-    monkeypatch.setattr(redact, "_LONGEST", 24)
+    monkeypatch.setattr(secrets, "_WINDOW", 64)
+    monkeypatch.setattr(secrets, "_LONGEST", 24)
     rng = random.Random(1)
     for _ in range(300):
         words = [

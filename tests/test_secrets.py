@@ -4,7 +4,10 @@ import re
 
 import pytest
 
-from attar.data.secrets import KINDS, find, redact
+from attar.data.secrets import KINDS, Rule, find, matches, redact
+
+ALL = [Rule(kind, finder) for kind, finder in KINDS.items()]
+KEYS = ALL[:1]
 
 
 @pytest.mark.parametrize(
@@ -35,22 +38,25 @@ from attar.data.secrets import KINDS, find, redact
     ],
 )
 def test_found(text, kinds):
-    assert [hit.kind for hit in find(text, tuple(KINDS))] == kinds
+    assert [hit.kind for hit in find(text, ALL)] == kinds
 
 
 def test_the_whole_of_it_and_nothing_else_is_replaced():
     text = "mail bob@example.org, card 4111111111111111, then bye"
-    assert redact(text, find(text, tuple(KINDS))) == "mail [EMAIL], card [CARD], then bye"
+    assert redact(text, find(text, ALL)) == "mail [EMAIL], card [CARD], then bye"
     url = "postgres://admin:hunter22@db.example.com/x"
-    assert redact(url, find(url, ("key",))) == "postgres://[KEY]@db.example.com/x"
+    assert redact(url, find(url, KEYS)) == "postgres://[KEY]@db.example.com/x"
 
 
 def test_of_two_that_overlap_the_first_kind_counts():
     text = "https://bob:pass@example.org"
-    assert [hit.kind for hit in find(text, ("key", "email"))] == ["key"]
+    assert [hit.kind for hit in find(text, [Rule(kind, KINDS[kind]) for kind in ("key", "email")])] == ["key"]
     own = {"ticket": re.compile(r"T-\d+"), "digits": re.compile(r"\d+")}
     assert [(hit.kind, text_of) for hit, text_of in named("T-12 and 34", own)] == [("ticket", "T-12"), ("digits", "34")]
 
 
 def named(text, own):
-    return [(hit, text[hit.start : hit.end]) for hit in find(text, (), own)]
+    return [
+        (hit, text[hit.start : hit.end])
+        for hit in find(text, [Rule(kind, matches(pattern)) for kind, pattern in own.items()])
+    ]

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 
 from attar.collect.rows import Row, mapped, strings
-from attar.data.secrets import Found, find, redact
+from attar.data.secrets import KINDS, Found, Rule, find, matches, redact
 from attar.recipe.curate import Private as Settings
 
 __all__ = ["Private"]
@@ -22,9 +22,9 @@ class Private:
             "email": settings.emails,
             "phone": settings.phones,
         }
-        self._kinds = tuple(kind for kind, policy in policies.items() if policy != "keep")
         own = settings.patterns if settings.patterns_policy != "keep" else {}
-        self._own = {kind: re.compile(pattern) for kind, pattern in own.items()}
+        self._rules = [Rule(kind, KINDS[kind]) for kind, policy in policies.items() if policy != "keep"]
+        self._rules += [Rule(kind, matches(re.compile(pattern))) for kind, pattern in own.items()]
         self._dropped = {kind for kind, policy in policies.items() if policy == "drop"}
         if settings.patterns_policy == "drop":
             self._dropped |= set(own)
@@ -32,7 +32,7 @@ class Private:
         """how many stretches were replaced, by kind; in rows that a later step drops as well"""
 
     def _find(self, text: str) -> list[Found]:
-        return find(text, self._kinds, self._own)
+        return find(text, self._rules)
 
     def hide(self, text: str) -> str:
         """A text about a row, without what the row must not show."""
@@ -40,7 +40,7 @@ class Private:
 
     def __call__(self, row: Row) -> tuple[str, str] | None:
         """Look at everything that somebody wrote; the detail names kinds, never what was found."""
-        if not self._kinds and not self._own:
+        if not self._rules:
             return None
         found = Counter(hit.kind for text in strings(row.example) for hit in self._find(text))
         if not found:
