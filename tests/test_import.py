@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from attar.collect.importers import FORMATS, Found, each_row, import_files
+from attar.collect.store import delete
 from attar.data.conversations import BadRow, parse_conversation
 from attar.data.types import Conversation, Message, ToolCall
 from attar.errors import DataError, UsageError
@@ -189,6 +190,35 @@ def test_a_recorder_s_exchanges(tmp_path):
         Message("assistant", "Yes, 3 °C with rain.", reasoning="3 is cold."),
     )
     assert rows[2]["meta"]["finish_reason"] == "stop"
+
+
+def test_a_recorded_folder(tmp_path):
+    folder = tmp_path / "recorded"
+    folder.mkdir()
+    lines = (FIXTURES / "exchanges.jsonl").read_text("utf-8").splitlines()
+    rows = [json.loads(line) | {"id": f"x{i}", "complete": True, "problems": []} for i, line in enumerate(lines)]
+    rows[3]["complete"] = False
+    del rows[2]["outcome"]
+    segment = write(folder / "exchanges-2025-11-24-0001.jsonl", rows)
+    with segment.open("a") as handle:
+        handle.write('{"id": "half')
+    of_episode = {"timestamp": "2025-11-24T11:00:00Z", "episode": "ep-1", "exchange": None}
+    outcomes = [of_episode | {"outcome": 0}, of_episode | {"outcome": {"solved": True}}]
+    write(folder / "outcomes-2025-11-24-0001.jsonl", outcomes)
+    got, result, listed = imported(tmp_path, folder)
+    assert got[0]["id"] == OSLO.id
+    assert got[0]["meta"]["outcome"] == {"solved": True}
+    assert [row["group"] for row in got] == ["ep-1", "ep-3"]
+    assert [(item.number, item.reason) for item in listed] == [
+        (2, "failed call"),
+        (4, "cut answer"),
+        (6, "malformed"),
+    ]
+    assert result.formats == {str(folder): "exchanges"}
+    with pytest.raises(DataError, match="is a part of a recorded folder"):
+        imported(tmp_path, segment)
+    delete(folder, episode="ep-1")
+    assert [row["group"] for row in imported(tmp_path, folder)[0]] == ["ep-3"]
 
 
 def test_calls_left_apart(tmp_path):

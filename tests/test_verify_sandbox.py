@@ -232,6 +232,22 @@ def test_what_it_began_does_not_outlive_it():
     assert ran.ended == "done"
 
 
+@isolated
+def test_forks_are_limited():
+    source = """
+        import os, time
+        made = 0
+        try:
+            while True:
+                if os.fork() == 0:
+                    time.sleep(1000)
+                made += 1
+        except OSError:
+            print(made < 64)
+    """
+    assert run(source, Limits(timeout_s=10, memory_mb=512, output_kb=64)).output == "True\n"
+
+
 def test_a_machine_without_isolation_is_refused(monkeypatch, tmp_path):
     source = sandbox._CONFINED.read_text("utf-8")
     broken = tmp_path / "confined.py"

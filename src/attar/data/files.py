@@ -131,6 +131,8 @@ def read_rows(path: Path, key: str) -> Iterator[tuple[int, Any]]:
         except (OSError, ValueError) as error:
             raise DataError(f"{key}: {path} is no Parquet file ({error})") from error
     elif suffix in (".jsonl", ".json", ".csv"):
+        # A cell may hold a whole conversation; the module's own limit is 131,072 characters.
+        csv.field_size_limit(2**31 - 1)
         try:
             with path.open(encoding="utf-8-sig", newline="" if suffix == ".csv" else None) as handle:
                 yield from enumerate(csv.DictReader(handle), start=2) if suffix == ".csv" else _json_lines(handle)

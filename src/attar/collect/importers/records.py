@@ -1,4 +1,4 @@
-"""Rows of a file, one at a time: JSON a line, one JSON array or several documents, Parquet, CSV."""
+"""Rows of a file, one at a time: JSON a line, one JSON array or several documents, Parquet, CSV, a recorded folder."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
+from attar.collect.store import Reading, read_exchanges
 from attar.data.files import read_rows
 from attar.errors import DataError
 
@@ -27,15 +28,36 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
 
     The number is that of the line, or counts rows from 1 where a row may take many lines or none.
 
+    Args:
+        path: a file, or a folder that `attar record` wrote.
+
     Raises:
         DataError: the file is missing, of another kind or encoding, or a document in it breaks off.
     """
+    if path.is_dir():
+        yield from _recorded(path)
+        return
     if not path.is_file():
         raise DataError(f"import: {path} is no file")
+    if re.fullmatch(r"exchanges-\d{4}-\d\d-\d\d-\d{4}\.jsonl", path.name):
+        raise DataError(
+            f"import: {path} is a part of a recorded folder, and what was deleted since and said of its calls stands "
+            f"beside it; import the folder, {path.parent}"
+        )
     if path.suffix.lower() not in (".json", ".jsonl") or _is_lines(path):
         yield from read_rows(path, "import")
     else:
         yield from enumerate(_documents(path), start=1)
+
+
+def _recorded(folder: Path) -> Iterator[tuple[int, Any]]:
+    """The calls of a folder that `attar record` wrote, and then a DataError for each line that is damaged."""
+    reading = Reading()
+    number = 0
+    for number, row in enumerate(read_exchanges(folder, reading), start=1):
+        yield number, row
+    for damaged in range(reading.damaged):
+        yield number + damaged + 1, DataError("a line that is no row: the recorder was killed while it wrote it")
 
 
 def _is_lines(path: Path) -> bool:

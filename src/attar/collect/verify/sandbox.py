@@ -1,10 +1,10 @@
 """A process of its own, with limits, for Python that a model wrote.
 
 What holds on Linux where a user may make namespaces: no network, no sight of other processes, every file read-only but
-for a folder in memory that is gone at the end, no privileges, and nothing that it began outlives it. What holds
-everywhere: an environment without the caller's variables, limits of time, memory, output, open files and their sizes,
-and of processes (which the kernel does not count for root). It keeps accidents and lazy cheats away. A model that
-attacks the machine it runs on belongs in a virtual machine.
+for a folder in memory that is gone at the end, no privileges, and a limit of processes, none of which outlives it.
+What holds everywhere: an environment without the caller's variables, limits of time, memory, output, open files and
+their sizes. It keeps accidents and lazy cheats away. A model that attacks the machine it runs on belongs in a virtual
+machine.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from attar.errors import RunError
 __all__ = ["Limits", "Ran", "isolation_problem", "run_python"]
 
 _CONFINED = Path(__file__).with_name("confined.py")
-_ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
+_ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 # Until the process has started and isolated itself; the code's own time counts from there.
 _START_S = 60.0
 _PIECE = 1 << 16
