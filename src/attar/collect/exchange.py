@@ -266,13 +266,13 @@ def _without(keys: frozenset[str], value: Any) -> Any:
 
 
 def _secrets(call: Call) -> Iterator[str]:
-    for name, value in call.headers:
-        if name.decode("latin-1") in _CREDENTIALS:
+    for header, value in call.headers:
+        if header.decode("latin-1") in _CREDENTIALS:
             text = value.decode("latin-1")
             yield text
             yield text.split(" ", 1)[-1]
-    for name, text in urllib.parse.parse_qsl(call.query.decode("latin-1")):
-        if name not in _KEPT_QUERY:
+    for key, text in urllib.parse.parse_qsl(call.query.decode("latin-1")):
+        if key not in _KEPT_QUERY:
             yield text
 
 

@@ -206,8 +206,10 @@ def _anthropic(datas: list[dict[str, Any]]) -> dict[str, Any]:
     blocks: dict[int, dict[str, Any]] = {}
     partial: dict[int, str] = {}
     for data in datas:
-        kind, index = data.get("type"), data.get("index")
-        delta = data.get("delta") if isinstance(data.get("delta"), dict) else {}
+        kind, given = data.get("type"), data.get("delta")
+        # A block without a number is the first.
+        index = int(data.get("index") or 0)
+        delta: dict[str, Any] = given if isinstance(given, dict) else {}
         if kind == "message_start" and isinstance(data.get("message"), dict):
             message = copy.deepcopy(data["message"])
         elif kind == "content_block_start":

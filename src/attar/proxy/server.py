@@ -11,13 +11,10 @@ import signal
 import socket
 import threading
 import urllib.parse
-from typing import TYPE_CHECKING
+from typing import Any
 
 from attar.errors import UsageError, require
 from attar.proxy.calls import App, Receive, Refused, Scope, Send, provider_of, refuse
-
-if TYPE_CHECKING:
-    import uvicorn
 
 __all__ = ["guarded", "is_loopback", "listen", "make_server", "serve"]
 
@@ -59,7 +56,7 @@ def _meant(line: logging.LogRecord) -> bool:
     return "without completing response" not in line.getMessage()
 
 
-def make_server(app: App) -> uvicorn.Server:
+def make_server(app: App) -> Any:
     """A server that adds nothing of its own to what the application answers."""
     uvicorn = require("uvicorn", "record")
     logging.getLogger("uvicorn.error").addFilter(_meant)
@@ -74,8 +71,7 @@ def make_server(app: App) -> uvicorn.Server:
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=_GRACE_S,
     )
-    server: uvicorn.Server = uvicorn.Server(config)
-    return server
+    return uvicorn.Server(config)
 
 
 def serve(app: App, listening: socket.socket) -> None:

@@ -26,7 +26,7 @@ def json_schema(part: recipe.JsonSchema) -> Verifier:
     Raises:
         RecipeError: the recipe's schema is none.
     """
-    fixed = None
+    fixed: Any = None
     if part.fits is not None:
         fixed = _validator(part.fits)
         if isinstance(fixed, str):
