@@ -16,8 +16,9 @@ BIN := .venv/bin
 demo: .venv/ready
 	$(BIN)/attar demo
 
+# A process for each core, each with one thread: the models of the tests are too small for more.
 test: .venv/dev-ready lint types
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
 lint: .venv/dev-ready
 	$(BIN)/ruff check .
