@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from attar.recipe import ClassifyRecipe
 from attar.signals.calibration import Calibration, fit_calibration, prior_shares
 from attar.signals.labels import LabelQuestion
 from attar.signals.store import SignalStore
+from attar.signals.workers import Made, ask_about_words
 from attar.workspace import Run, digest, write_atomic, write_json
 
 __all__ = ["calibrate", "open_store", "read_calibration", "score", "teacher_log_probs"]
@@ -58,16 +60,23 @@ def score(recipe: ClassifyRecipe, run: Run) -> dict[str, Any]:
     if left:
         # A damaged shard is better found before the teacher works than after.
         store.verify()
-        engine = load_teacher(recipe)
-        question = LabelQuestion(recipe)
-        with track(run.progress, "teacher scores the pool", len(wanted)) as step:
+        rows = recipe.run.shard_rows or SHARD
+        parts = [left[start : start + rows] for start in range(0, len(left), rows)]
+        made = ask_about_words(recipe, parts, store) if recipe.run.on == "ray" else _asked(recipe, parts)
+        with track(run.progress, "teacher scores the pool", len(wanted)) as step, closing(made):
             step.advance(done)
-            for start in range(0, len(left), SHARD):
-                shard = left[start : start + SHARD]
-                values, tokens = question.ask(engine, [text for _, text in shard])
-                store.append([name for name, _ in shard], [{"scores": rows[None]} for rows in values], tokens)
-                step.advance(len(shard))
+            for ids, records, tokens in made:
+                store.append(ids, records, tokens)
+                step.advance(len(ids))
     return {"examples": len(wanted), "tokens": store.tokens, "seconds_now": round(time.perf_counter() - started, 1)}
+
+
+def _asked(recipe: ClassifyRecipe, parts: Sequence[Sequence[tuple[str, str]]]) -> Generator[Made]:
+    engine = load_teacher(recipe)
+    question = LabelQuestion(recipe)
+    for part in parts:
+        values, tokens = question.ask(engine, [text for _, text in part])
+        yield [name for name, _ in part], [{"scores": rows[None]} for rows in values], tokens
 
 
 def calibrate(recipe: ClassifyRecipe, run: Run) -> dict[str, Any]:
