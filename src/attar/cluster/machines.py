@@ -28,6 +28,15 @@ __all__ = ["Cluster", "Work", "start_cluster"]
 # Times that a worker is started again and that a shard is given out again, before the run fails: a shard that is too
 # much for any worker would go round for ever.
 _RETRIES = 3
+# What Ray Data shows on a terminal is the caller's business, and a shard may take as long as it needs.
+_SETTINGS = {"enable_progress_bars": False, "print_on_execution_start": False, "execution_no_progress_timeout_s": -1}
+# Of a cluster of our own, read when Ray is imported. The second has it take 127.0.0.1 for its address, as it does on
+# desktops. gRPC's event engine was seen to lose wake-ups on Linux 6.18, so that Ray never came up.
+_LOCAL = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "GRPC_EXPERIMENTS": "-event_engine_client,-event_engine_listener",
+}
 _OBJECT_STORE_BYTES = 100 * 2**20
 
 
@@ -94,26 +103,27 @@ class Cluster:
             return
         data = require("ray.data", "ray")
         context = data.DataContext.get_current()
-        before = context.enable_progress_bars
-        context.enable_progress_bars = False
+        before = {name: getattr(context, name) for name in _SETTINGS}
+        for name, value in _SETTINGS.items():
+            setattr(context, name, value)
         pipeline = data.from_items([{"source": source} for source in todo], override_num_blocks=len(todo)).map(
             _Worker,
             fn_constructor_args=(work, shards.url, self.cpus),
-            concurrency=min(self.workers, len(todo)),
+            compute=data.ActorPoolStrategy(size=min(self.workers, len(todo)), max_tasks_in_flight_per_actor=2),
             num_cpus=self.cpus,
             num_gpus=self.gpus,
-            max_restarts=_RETRIES,
-            max_task_retries=_RETRIES,
+            ray_remote_args_fn=lambda: {"max_restarts": _RETRIES, "max_task_retries": _RETRIES},
         )
-        rows = pipeline.iter_rows(prefetch_batches=0)
+        # Batches are blocks here, and blocks are rows: nothing is held back.
+        batches = pipeline.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
         try:
-            yield self._marks(rows, shards)
+            yield self._marks((row for batch in batches for row in batch.to_pylist()), shards)
         finally:
-            del rows, pipeline
-            context.enable_progress_bars = before
+            for name, value in before.items():
+                setattr(context, name, value)
 
     @staticmethod
-    def _marks(rows: Any, shards: Shards) -> Iterator[Mark]:
+    def _marks(rows: Iterator[dict[str, Any]], shards: Shards) -> Iterator[Mark]:
         first: AttarError | None = None
         try:
             for row in rows:
@@ -194,6 +204,9 @@ def start_cluster(where: RunPart) -> Iterator[Cluster]:
         MissingExtra: Ray is not installed.
         RunError: there is no cluster at the address, or it has too little for the workers.
     """
+    if where.address == "local":
+        for name, value in _LOCAL.items():
+            os.environ.setdefault(name, value)
     ray = require("ray", "ray")
     require("ray.data", "ray")
     with ExitStack() as stack:
@@ -204,7 +217,8 @@ def start_cluster(where: RunPart) -> Iterator[Cluster]:
 
 def _connect(ray: Any, where: RunPart, stack: ExitStack) -> None:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     if where.address != "local":
         try:
             ray.init(address=where.address, **quiet)
@@ -216,9 +230,10 @@ def _connect(ray: Any, where: RunPart, stack: ExitStack) -> None:
             ) from error
         stack.callback(ray.shutdown)
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Sockets stand in it, whose paths may have about 100 characters.
-    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="attar-", dir="/tmp", ignore_cleanup_errors=True))
+    folder = stack.enter_context(
+        tempfile.TemporaryDirectory(prefix="attar-ray-", dir="/tmp", ignore_cleanup_errors=True)
+    )
     wanted = (where.workers or 1) * (where.threads or 1)
     ray.init(
         address="local",
@@ -230,10 +245,15 @@ def _connect(ray: Any, where: RunPart, stack: ExitStack) -> None:
         **quiet,
     )
     stack.callback(ray.shutdown)
+    if not all(node["NodeManagerAddress"].startswith("127.") for node in ray.nodes()):
+        raise RunError(
+            "run.address: local would be open to other machines, as Ray was imported before attar could say otherwise; "
+            f"set {' '.join(f'{name}={value}' for name, value in _LOCAL.items())} in the environment"
+        )
 
 
 def _shares(ray: Any, where: RunPart) -> Cluster:
-    """What each worker gets: a GPU where the cluster has some and the recipe does not say cpu, and its share of cores."""
+    """What each worker gets: its share of cores, and a GPU if there are any and the recipe does not say cpu."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     cores = int(sum(node.get("CPU", 0) for node in nodes))
@@ -242,9 +262,7 @@ def _shares(ray: Any, where: RunPart) -> Cluster:
         raise RunError(f"run.device: cuda, and the {len(nodes)} machine(s) of the Ray cluster have no GPU")
     workers = where.workers or (gpus if each else len(nodes))
     cpus = where.threads or max(1, min(cores // workers, int(max(node.get("CPU", 0) for node in nodes))))
-    room = sum(
-        min(int(node.get("CPU", 0)) // cpus, int(node.get("GPU", 0)) if each else workers) for node in nodes
-    )
+    room = sum(min(int(node.get("CPU", 0)) // cpus, int(node.get("GPU", 0)) if each else workers) for node in nodes)
     if room < workers:
         raise RunError(
             f"run.workers: {workers}, each with {cpus} CPU(s) and {each} GPU(s), and the Ray cluster has room for "

@@ -6,9 +6,9 @@
     <source>.<attempt>.parquet   what one attempt made of it
     <source>.json                the mark: which attempt counts, its size and its hash
 
-Object stores cannot rename, and a worker that was given up may still be writing. So every attempt has a name of its own,
-nothing is moved or written over, and an attempt counts once its mark is written: by the one process that hands the work
-out, for the first attempt that it hears of. A mark says its own hash, so that half a mark is none.
+Object stores cannot rename, and a worker that was given up may still be writing. So every attempt has a name of its
+own, nothing is moved or written over, and an attempt counts once its mark is written: by the one process that hands the
+work out, for the first attempt that it hears of. A mark says its own hash, so that half a mark is none.
 """
 
 from __future__ import annotations

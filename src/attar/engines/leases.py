@@ -15,12 +15,15 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from attar.engines.ledger import Claim, Ending, Ledger, Over, Spend, Stored, Taken
-from attar.errors import RunError, require
+from attar.errors import RecipeError, RunError, require
+from attar.recipe.base import TeacherModel
 
-__all__ = ["LeasedLedger", "Owner", "lease_ledger"]
+__all__ = ["LeasedLedger", "Owner", "lease_ledger", "own_share"]
+
+AnyTeacher = TypeVar("AnyTeacher", bound=TeacherModel)
 
 LEASE_S = 30.0
 """How long a worker may be silent."""
@@ -161,6 +164,17 @@ class LeasedLedger:
                 f"the owner of the ledger {self.path} is gone ({error}); run the same command again, it goes on from "
                 "there"
             ) from error
+
+
+def own_share(teacher: AnyTeacher, workers: int) -> AnyTeacher:
+    """A teacher behind an API as one of several workers asks it: all together have ``concurrency`` requests in flight.
+
+    Raises:
+        RecipeError: batch mode is asked for, which is one process's work.
+    """
+    if teacher.batch:
+        raise RecipeError("teacher.batch: true is one process's work, and run.on is ray; set run.on: here")
+    return teacher.model_copy(update={"concurrency": max(1, teacher.concurrency // workers)})
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from attar.cluster.shards import stage_shards
 from attar.data.files import read_jsonl
 from attar.engines.load import load_teacher, teacher_fingerprint
 from attar.progress import track
@@ -62,12 +63,15 @@ def score(recipe: ClassifyRecipe, run: Run) -> dict[str, Any]:
         store.verify()
         rows = recipe.run.shard_rows or SHARD
         parts = [left[start : start + rows] for start in range(0, len(left), rows)]
-        made = ask_about_words(recipe, parts, store) if recipe.run.on == "ray" else _asked(recipe, parts)
+        shards = stage_shards(recipe, "score", store.folder, store.fingerprint) if recipe.run.on == "ray" else None
+        made = _asked(recipe, parts) if shards is None else ask_about_words(recipe, parts, shards)
         with track(run.progress, "teacher scores the pool", len(wanted)) as step, closing(made):
             step.advance(done)
             for ids, records, tokens in made:
                 store.append(ids, records, tokens)
                 step.advance(len(ids))
+        if shards is not None:
+            shards.remove()
     return {"examples": len(wanted), "tokens": store.tokens, "seconds_now": round(time.perf_counter() - started, 1)}
 
 

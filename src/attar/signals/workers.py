@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from attar.cluster.machines import Work, start_cluster
-from attar.cluster.shards import stage_shards
-from attar.engines.load import load_teacher, teacher_files
+from attar.cluster.machines import start_cluster
+from attar.cluster.shards import Shards
+from attar.engines.api import ledger_path
+from attar.engines.leases import LeasedLedger, lease_ledger, own_share
+from attar.engines.load import load_teacher, served, teacher_files
 from attar.engines.local import load_local, resolve_device
-from attar.recipe import ChatRecipe, ClassifyRecipe, Recipe
+from attar.recipe import ChatRecipe, ClassifyRecipe
 from attar.signals.labels import LabelQuestion
 from attar.signals.language import SignalKind, ask_in_batches
-from attar.signals.store import SignalStore
+from attar.signals.packing import Packed
 from attar.signals.tables import examples_of, examples_table, records_of, records_table, requests_table
 from attar.tokens import TokenizedExample
 
@@ -55,10 +58,12 @@ class WordWork:
     """What a teacher says about the words that stand for labels."""
 
     recipe: ClassifyRecipe
+    ledger: LeasedLedger | None = None
+    """of a teacher behind an API"""
 
     def open(self) -> Callable[[pa.Table], pa.Table]:
         """Load the teacher; returns requests -> records of their words' scores."""
-        engine = load_teacher(self.recipe)
+        engine = load_teacher(self.recipe, ledger=self.ledger)
         question = LabelQuestion(self.recipe)
 
         def work(table: pa.Table) -> pa.Table:
@@ -69,39 +74,40 @@ class WordWork:
 
 
 def ask_about_tokens(
-    recipe: ChatRecipe, kind: SignalKind, parts: Sequence[Sequence[TokenizedExample]], store: SignalStore
-) -> Generator[Made]:
-    """Ask the workers of the recipe's cluster about examples; yields the records of each part, in order.
+    recipe: ChatRecipe, kind: SignalKind, parts: Sequence[Sequence[TokenizedExample]], shards: Shards
+) -> Generator[Packed]:
+    """Ask the workers of the recipe's cluster about examples; yields their records, in order.
 
     Args:
         recipe: says where the cluster is, and which teacher its workers load.
         kind: what is kept.
         parts: each a shard.
-        store: where the records will be kept; what is on its way stands beside it, or at ``run.shards``.
+        shards: what is on its way; to be removed once the records are kept.
     """
-    return _asked(recipe, TokenWork(_sent(recipe), kind), parts, examples_table, store)
+    if not parts:
+        return
+    with start_cluster(recipe.run) as cluster:
+        tables = map(examples_table, parts)
+        for made in cluster.map(TokenWork(_sent(recipe), kind), tables, shards):
+            yield from records_of(made)[1]
 
 
 def ask_about_words(
-    recipe: ClassifyRecipe, parts: Sequence[Sequence[tuple[str, str]]], store: SignalStore
+    recipe: ClassifyRecipe, parts: Sequence[Sequence[tuple[str, str]]], shards: Shards
 ) -> Generator[Made]:
-    """The same for the words that stand for labels; the parts are of (id, text)."""
-    return _asked(recipe, WordWork(_sent(recipe)), parts, requests_table, store)
+    """The same for the words that stand for labels; the parts are of (id, text).
 
-
-def _asked(
-    recipe: Recipe,
-    work: Work,
-    parts: Sequence[Sequence[Any]],
-    tabled: Callable[[Sequence[Any]], pa.Table],
-    store: SignalStore,
-) -> Generator[Made]:
-    shards = stage_shards(recipe, "score", store.folder, store.fingerprint)
-    if parts:
-        with start_cluster(recipe.run) as cluster:
-            yield from map(records_of, cluster.map(work, map(tabled, parts), shards))
-    # Whoever draws has kept all by now.
-    shards.remove()
+    Raises:
+        Stopped: budget or quota is used up, or the server is gone; what was answered is kept.
+    """
+    with ExitStack() as stack:
+        cluster = stack.enter_context(start_cluster(recipe.run))
+        work = WordWork(_sent(recipe))
+        if served(recipe):
+            ledger = stack.enter_context(lease_ledger(ledger_path(recipe), recipe.budget.usd))
+            teacher = own_share(recipe.teacher, cluster.workers)
+            work = WordWork(recipe.model_copy(update={"teacher": teacher}), ledger)
+        yield from map(records_of, cluster.map(work, map(requests_table, parts), shards))
 
 
 def _sent(recipe: AnyRecipe) -> AnyRecipe:
