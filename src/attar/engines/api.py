@@ -14,7 +14,7 @@ from attar.data.wire import Reply, Usage
 from attar.engines.base import Answer, Capability, ChatRequest, Failure, TokenLogprobs
 from attar.engines.batches import Batches
 from attar.engines.flow import Flow, Job, Limits
-from attar.engines.ledger import Ledger
+from attar.engines.ledger import Accounts, Ledger
 from attar.engines.outcomes import request_key
 from attar.engines.prices import Price, list_price, stated_price
 from attar.engines.servers import Connection, Server
@@ -63,7 +63,7 @@ class ApiEngine:
         limits: Limits,
         *,
         price: Price | None = None,
-        ledger: Ledger | None = None,
+        ledger: Accounts | None = None,
         batch: bool = False,
         fresh: bool = False,
     ) -> None:
@@ -73,8 +73,8 @@ class ApiEngine:
                 f"{server.address} is known; state teacher.price (input_usd_per_million_tokens, "
                 "output_usd_per_million_tokens; both 0 for a server of your own), or leave the budget out"
             )
-        if batch and ledger is None:
-            raise ValueError("batch mode keeps its batches in a ledger, and there is none")
+        if batch and not isinstance(ledger, Ledger):
+            raise ValueError("batch mode keeps its batches in a ledger of this process's own, and there is none")
         self.server, self.limits, self.price, self.ledger, self.batch = server, limits, price, ledger, batch
         self._fresh = fresh
 
@@ -90,7 +90,7 @@ class ApiEngine:
 
     def chat(self, requests: Iterable[ChatRequest]) -> Iterator[tuple[int, Answer | Failure]]:
         """Answer requests, many at a time; see :class:`attar.engines.base.ChatEngine`."""
-        if self.batch and self.ledger is not None:
+        if self.batch and isinstance(self.ledger, Ledger):
             batches = Batches(
                 self.server,
                 self.ledger,
@@ -229,13 +229,14 @@ def ledger_path(recipe: Recipe) -> Path:
     return recipe.folder / "ledger.sqlite"
 
 
-def load_api(recipe: Recipe, *, fresh: bool = False, dry: bool = False) -> ApiEngine:
+def load_api(recipe: Recipe, *, fresh: bool = False, dry: bool = False, ledger: Accounts | None = None) -> ApiEngine:
     """The engine of a recipe whose teacher is behind an API; its ledger stands in the run folder.
 
     Args:
         recipe: names the teacher, its limits and the budget.
         fresh: see :class:`ApiEngine`; batch mode is off then, since it has no speed.
         dry: for an estimate: nothing is written.
+        ledger: the run's, where another process owns it; None to open the file.
 
     Raises:
         MissingExtra: the provider's client is not installed.
@@ -247,7 +248,8 @@ def load_api(recipe: Recipe, *, fresh: bool = False, dry: bool = False) -> ApiEn
     server.client(sync=True).close()
     limits = Limits(teacher.concurrency, teacher.timeout_s, teacher.total_timeout_s)
     path = ledger_path(recipe)
-    ledger = Ledger(path, budget_usd=recipe.budget.usd) if path.exists() or not dry else None
+    if ledger is None and (path.exists() or not dry):
+        ledger = Ledger(path, budget_usd=recipe.budget.usd)
     batch = teacher.batch and not fresh and ledger is not None
     return ApiEngine(server, limits, price=price_of(teacher), ledger=ledger, batch=batch, fresh=fresh)
 

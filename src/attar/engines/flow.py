@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from attar.data.wire import Reply, Usage
 from attar.engines.base import Answer, ChatRequest, Failure
-from attar.engines.ledger import Claim, Ending, Ledger, Over, Stored, Taken
+from attar.engines.ledger import Accounts, Claim, Ending, Over, Stored, Taken
 from attar.engines.outcomes import from_json, to_json
 from attar.engines.servers import Trouble
 from attar.errors import BudgetExceeded, ModelError, RunError, Stopped
@@ -91,7 +91,7 @@ class Flow:
         read: Callable[[Job, Reply], Answer | Failure],
         cost: Callable[[Usage], float | None],
         limits: Limits,
-        ledger: Ledger | None,
+        ledger: Accounts | None,
     ) -> None:
         self._connect, self._read, self._cost = connect, read, cost
         self._limits, self._ledger = limits, ledger

@@ -19,13 +19,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 
 from attar.errors import BudgetExceeded, NoSpaceError, RunError, WorkspaceError
 
-__all__ = ["Claim", "Ending", "Ledger", "Over", "Spend", "Stored", "Taken"]
+__all__ = ["Accounts", "Claim", "Ending", "Ledger", "Over", "Spend", "Stored", "Taken"]
 
 _SCHEMA = 1
 _NANO = 10**9
@@ -117,6 +117,22 @@ class Spend:
     """answers and failures that were billed"""
     prompt_tokens: int
     completion_tokens: int
+
+
+class Accounts(Protocol):
+    """What an engine needs of a ledger: this one, or one that another process owns."""
+
+    @property
+    def budget_usd(self) -> float | None:
+        """What may be spent by all that use it, ever; None for no limit."""
+
+    def get(self, key: str) -> Stored | None:
+        """What was answered to a request before, if anything."""
+
+    def commit(
+        self, endings: Sequence[Ending], wanted: Sequence[tuple[str, float]], *, batch: str | None = None
+    ) -> list[Stored | Claim | Taken | Over]:
+        """End claims and ask for new ones; see :meth:`Ledger.commit`."""
 
 
 class Ledger:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from attar.engines.base import ChatEngine, Engine
+from attar.engines.ledger import Accounts
 from attar.errors import ModelError, RecipeError
 from attar.recipe import ClassifyRecipe, Recipe
 from attar.workspace import Run, digest
@@ -28,8 +29,8 @@ _PROVIDERS = ("openai", "anthropic")
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".onnx", ".h5", ".msgpack")
 
 
-def _hugging_face(recipe: Recipe, fresh: bool) -> Engine:
-    del fresh
+def _hugging_face(recipe: Recipe, fresh: bool, ledger: Accounts | None) -> Engine:
+    del fresh, ledger
     from attar.engines.local import load_local, resolve_device
 
     teacher = recipe.teacher
@@ -41,14 +42,14 @@ def _hugging_face(recipe: Recipe, fresh: bool) -> Engine:
     )
 
 
-def _llama(recipe: Recipe, fresh: bool) -> Engine:
+def _llama(recipe: Recipe, fresh: bool, ledger: Accounts | None) -> Engine:
     from attar.engines.gguf import load_gguf
 
-    del fresh
+    del fresh, ledger
     return load_gguf(recipe.teacher.model, threads=recipe.run.threads)
 
 
-def _api(recipe: Recipe, fresh: bool) -> Engine:
+def _api(recipe: Recipe, fresh: bool, ledger: Accounts | None) -> Engine:
     from attar.engines.api import load_api
     from attar.engines.labels import LabelEngine
 
@@ -58,7 +59,7 @@ def _api(recipe: Recipe, fresh: bool) -> Engine:
             f"teacher.model: task {recipe.task} learns from a model's weights, and {teacher.model} shows none; name a "
             "folder, hf:FOLDER, or let the teacher write the answers first, into data.train"
         )
-    engine = load_api(recipe, fresh=fresh)
+    engine = load_api(recipe, fresh=fresh, ledger=ledger)
     if engine.price is None:
         raise RecipeError(
             f"teacher.price: no price of {teacher.model} at {engine.server.address} is known, and the report compares "
@@ -72,7 +73,7 @@ def _api(recipe: Recipe, fresh: bool) -> Engine:
     )
 
 
-_OPENERS: dict[str, Callable[[Recipe, bool], Engine]] = {
+_OPENERS: dict[str, Callable[[Recipe, bool, Accounts | None], Engine]] = {
     "hf": _hugging_face,
     "gguf": _llama,
     "openai": _api,
@@ -80,19 +81,20 @@ _OPENERS: dict[str, Callable[[Recipe, bool], Engine]] = {
 }
 
 
-def load_teacher(recipe: Recipe, *, fresh: bool = False) -> Engine:
+def load_teacher(recipe: Recipe, *, fresh: bool = False, ledger: Accounts | None = None) -> Engine:
     """Load the recipe's teacher: by its scheme, or the user's own ``package.module:Class``, made without arguments.
 
     Args:
         recipe: names it.
         fresh: ask a teacher behind an API anew, whatever its ledger holds: for measurements of speed.
+        ledger: the run's, where another process owns it; None to open the file.
 
     Raises:
         ModelError: there is no such model or class, or the class is no engine.
     """
     scheme = recipe.teacher.model.partition(":")[0]
     if scheme in _OPENERS:
-        return _OPENERS[scheme](recipe, fresh)
+        return _OPENERS[scheme](recipe, fresh, ledger)
     made = _users_own(recipe)
     if not isinstance(made, Engine):
         raise ModelError(f"teacher.model: {recipe.teacher.model} is no engine; it needs {_members(Engine)}")

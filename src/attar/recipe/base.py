@@ -86,7 +86,25 @@ class RunPart(Part):
     seed: int = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     threads: Positive | None = None
-    """CPU threads of torch; None: as many as the machine has cores"""
+    """CPU threads of torch; None: as many as the machine has cores; of a worker, None: its share of them"""
+    on: Literal["here", "ray"] = "here"
+    """what asks the teacher: this process, or workers of a Ray cluster"""
+    address: str = Field(default="local", pattern=r"^(local|auto|[^\s:/]+:[0-9]+)$")
+    """of the Ray cluster: `local` starts one on this machine, `auto` takes the one that this machine belongs to"""
+    workers: Positive | None = None
+    """of the Ray cluster, an engine each; None: one for each GPU, or for each machine where there are none"""
+    shards: str | None = None
+    """folder or fsspec URL (`s3://bucket/folder`) that all workers see, for what is on its way; None: the run folder"""
+    shard_rows: Positive | None = None
+    """examples that are kept, or sent to a worker, together: what a killed one has to do again at most; None: the
+    stage's own number"""
+
+    @model_validator(mode="after")
+    def _of_a_cluster(self) -> RunPart:
+        for key in ("address", "workers", "shards"):
+            if self.on == "here" and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"run.{key} belongs to `run.on: ray`, and run.on is here")
+        return self
 
 
 class TokenPrice(Part):
@@ -191,7 +209,10 @@ class Recipe(Part):
         """The recipe with every relative path made absolute, counted from ``base``."""
         moved = {key.removeprefix("data."): absolute(base, path) for key, path in self.files.items()}
         data = self.data.model_copy(update=moved)
-        run = self.run.model_copy(update={"folder": absolute(base, self.folder)})
+        places: dict[str, Any] = {"folder": absolute(base, self.folder)}
+        if self.run.shards is not None and "://" not in self.run.shards:
+            places["shards"] = str(absolute(base, Path(self.run.shards)))
+        run = self.run.model_copy(update=places)
         return self.model_copy(update={"data": data, "run": run, "collect": self.collect.located(base)})
 
 

@@ -19,6 +19,17 @@ __all__ = ["TASKS", "load_recipe", "parse_recipe"]
 TASKS: dict[str, type[Recipe]] = {"classify": ClassifyRecipe, "chat": ChatRecipe}
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML whose keys are text: version 1.1 takes the key `on` for true."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping, as in any YAML but for keys that are spelled as truth values."""
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:bool":
+                key.tag = "tag:yaml.org,2002:str"
+        return super().construct_mapping(node, deep)
+
+
 def _model_at(recipe: type[Recipe], location: Sequence[Any]) -> type[BaseModel] | None:
     """The recipe's model that holds the key at a pydantic error location, to find the names that it allows."""
     current: type[BaseModel] | None = recipe
@@ -95,7 +106,7 @@ def _override(content: dict[str, Any], assignment: str) -> None:
     if not separator or not key:
         raise RecipeError(f"--set {assignment}: write it as dotted.key=value")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {assignment}: the value is no YAML ({error})") from error
     *parents, last = key.split(".")
@@ -119,7 +130,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
+        content = yaml.load(path.read_text("utf-8"), _Loader)
     except FileNotFoundError as error:
         raise RecipeError(f"{path}: no such recipe; `attar init DIR` writes one") from error
     except IsADirectoryError as error:

@@ -9,17 +9,20 @@ from typing import Any
 
 import torch
 
+from attar.cluster.shards import stage_shards
 from attar.data.conversations import read_conversations
 from attar.engines.load import served, teacher_files, teacher_tokenizer
 from attar.engines.local import load_local, resolve_device
 from attar.engines.served import load_served
+from attar.errors import RecipeError
 from attar.progress import track
 from attar.recipe import ChatRecipe
-from attar.signals.language import SignalKind, SignalReader, ask, keep_head
+from attar.signals.language import SignalKind, SignalReader, ask_in_batches, keep_head
 from attar.signals.packing import Packed
 from attar.signals.parity import check_parity, describe
 from attar.signals.served import ask_served, check_lengths, refuse_recipe, refuse_unfit, vocabulary_size
 from attar.signals.store import SignalStore
+from attar.signals.workers import ask_about_tokens
 from attar.tokens import TokenizedExample, encode_conversations, template_fingerprint
 from attar.workspace import Run
 
@@ -110,30 +113,43 @@ def score(recipe: ChatRecipe, run: Run) -> dict[str, Any]:
     kind = signal_kind(recipe)
     if served(recipe):
         refuse_recipe(recipe)
+        if recipe.run.on == "ray":
+            raise RecipeError(
+                f"run.on: ray puts a teacher into each worker, and {recipe.teacher.model} is served already; set "
+                "run.on: here, or teacher.model to the folder of its weights, hf:FOLDER"
+            )
     if not any(o.kind != "response" for o in recipe.distill.objectives):
         return {"examples": 0, "tokens": 0, "bytes": 0}
     if served(recipe):
         return _score_served(recipe, run, kind)
     if recipe.distill.signals.source == "live":
         return {"examples": 0, "tokens": 0, "bytes": 0}
-    engine = load_local(recipe.teacher.model, dtype=recipe.teacher.dtype, device=resolve_device(recipe.run.device))
-    store = _open_store(recipe, run, engine.tokenizer, kind)
+    engine = None
+    # Of hidden states the head is kept as well, and it is kept here.
+    if recipe.run.on == "here" or kind.kind == "hidden":
+        engine = load_local(recipe.teacher.model, dtype=recipe.teacher.dtype, device=resolve_device(recipe.run.device))
+    tokenizer = engine.tokenizer if engine is not None else teacher_tokenizer(recipe)
+    store = _open_store(recipe, run, tokenizer, kind)
     started = time.perf_counter()
-    if kind.kind == "hidden":
-        keep_head(store, engine.model, engine.tokenizer)
-    examples = _examples(recipe, run, engine.tokenizer)
+    if kind.kind == "hidden" and engine is not None:
+        keep_head(store, engine.model, tokenizer)
+    examples = _examples(recipe, run, tokenizer)
+    rows = recipe.run.shard_rows or SHARD
+    shards = stage_shards(recipe, "score", store.folder, store.fingerprint) if recipe.run.on == "ray" else None
 
     def asked(todo: Sequence[TokenizedExample]) -> Iterator[Packed]:
-        for start in range(0, len(todo), SHARD):
-            shard = todo[start : start + SHARD]
-            records: dict[str, Packed] = {}
-            for batch in _batches(shard, recipe.teacher.tokens_per_batch):
-                answers = ask(engine.model, engine.tokenizer, batch, kind)
-                records |= {example.id: record for example, record in zip(batch, answers, strict=True)}
-            yield from (records[example.id] for example in shard)
+        parts = [todo[start : start + rows] for start in range(0, len(todo), rows)]
+        if shards is not None:
+            yield from ask_about_tokens(recipe, kind, parts, shards)
+            return
+        assert engine is not None
+        for part in parts:
+            yield from ask_in_batches(engine.model, tokenizer, part, kind, recipe.teacher.tokens_per_batch)
 
     with torch.no_grad():
-        _store_all(run, store, examples, asked)
+        _store_all(run, store, examples, rows, asked)
+    if shards is not None:
+        shards.remove()
     return _counts(store, examples, started)
 
 
@@ -149,7 +165,8 @@ def _score_served(recipe: ChatRecipe, run: Run, kind: SignalKind) -> dict[str, A
         if any(example.id not in store for example in examples):
             parity = check_parity(recipe, engine, tokenizer, examples, kind.entries)
             run.progress.note("  parity: " + describe(parity))
-        _store_all(run, store, examples, lambda todo: ask_served(engine, todo, kind))
+        rows = recipe.run.shard_rows or SHARD
+        _store_all(run, store, examples, rows, lambda todo: ask_served(engine, todo, kind))
     # What a run that was cut off had compared is in its log.
     return _counts(store, examples, started) | ({"parity": parity} if parity else {})
 
@@ -158,6 +175,7 @@ def _store_all(
     run: Run,
     store: SignalStore,
     examples: Sequence[TokenizedExample],
+    rows: int,
     asked: Callable[[Sequence[TokenizedExample]], Iterator[Packed]],
 ) -> None:
     """Keep a record of every example that has none, in whole shards, so that they end the same after any stop."""
@@ -174,7 +192,7 @@ def _store_all(
         step.advance(len(examples) - len(todo))
         for pair in zip(todo, asked(todo), strict=True):
             shard.append(pair)
-            if len(shard) == SHARD:
+            if len(shard) == rows:
                 keep()
         keep()
 
@@ -189,15 +207,3 @@ def _counts(store: SignalStore, examples: Sequence[TokenizedExample], started: f
         "bytes_per_token": round(size / max(supervised, 1), 1),
         "seconds_now": round(time.perf_counter() - started, 1),
     }
-
-
-def _batches(examples: Sequence[TokenizedExample], tokens: int) -> Iterator[list[TokenizedExample]]:
-    """Examples of about one length together, within a budget of padded tokens."""
-    batch: list[TokenizedExample] = []
-    for example in sorted(examples, key=len):
-        if batch and (len(batch) + 1) * len(example) > tokens:
-            yield batch
-            batch = []
-        batch.append(example)
-    if batch:
-        yield batch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from attar.signals.store import SignalStore
 from attar.taps import Taps
 from attar.tokens import TokenizedExample
 
-__all__ = ["SignalKind", "SignalReader", "ask", "keep_head"]
+__all__ = ["SignalKind", "SignalReader", "ask", "ask_in_batches", "keep_head"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,31 @@ def ask(model: nn.Module, tokenizer: Any, examples: Sequence[TokenizedExample], 
             record[f"layer-{number}"] = to_array(layer[row, before], kind.dtype)
         records.append(record)
     return records
+
+
+def ask_in_batches(
+    model: nn.Module, tokenizer: Any, examples: Sequence[TokenizedExample], kind: SignalKind, tokens: int
+) -> list[Packed]:
+    """The signals of some examples, in their order, asked in batches of at most ``tokens`` tokens, padding included.
+
+    How examples meet in batches follows from the examples alone; the other arguments are as for :func:`ask`.
+    """
+    records: dict[str, Packed] = {}
+    for batch in _batches(examples, tokens):
+        records |= zip((example.id for example in batch), ask(model, tokenizer, batch, kind), strict=True)
+    return [records[example.id] for example in examples]
+
+
+def _batches(examples: Sequence[TokenizedExample], tokens: int) -> Iterator[list[TokenizedExample]]:
+    """Examples of about one length together, within a budget of padded tokens."""
+    batch: list[TokenizedExample] = []
+    for example in sorted(examples, key=len):
+        if batch and (len(batch) + 1) * len(example) > tokens:
+            yield batch
+            batch = []
+        batch.append(example)
+    if batch:
+        yield batch
 
 
 def _distribution(states: Tensor, head: Head, kind: SignalKind, example: str) -> Packed:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 
+from attar.cluster.shards import stage_shards
 from attar.data.files import read_jsonl
 from attar.engines.load import load_teacher, teacher_fingerprint
 from attar.progress import track
@@ -17,6 +19,7 @@ from attar.recipe import ClassifyRecipe
 from attar.signals.calibration import Calibration, fit_calibration, prior_shares
 from attar.signals.labels import LabelQuestion
 from attar.signals.store import SignalStore
+from attar.signals.workers import Made, ask_about_words
 from attar.workspace import Run, digest, write_atomic, write_json
 
 __all__ = ["calibrate", "open_store", "read_calibration", "score", "teacher_log_probs"]
@@ -58,16 +61,26 @@ def score(recipe: ClassifyRecipe, run: Run) -> dict[str, Any]:
     if left:
         # A damaged shard is better found before the teacher works than after.
         store.verify()
-        engine = load_teacher(recipe)
-        question = LabelQuestion(recipe)
-        with track(run.progress, "teacher scores the pool", len(wanted)) as step:
+        rows = recipe.run.shard_rows or SHARD
+        parts = [left[start : start + rows] for start in range(0, len(left), rows)]
+        shards = stage_shards(recipe, "score", store.folder, store.fingerprint) if recipe.run.on == "ray" else None
+        made = _asked(recipe, parts) if shards is None else ask_about_words(recipe, parts, shards)
+        with track(run.progress, "teacher scores the pool", len(wanted)) as step, closing(made):
             step.advance(done)
-            for start in range(0, len(left), SHARD):
-                shard = left[start : start + SHARD]
-                values, tokens = question.ask(engine, [text for _, text in shard])
-                store.append([name for name, _ in shard], [{"scores": rows[None]} for rows in values], tokens)
-                step.advance(len(shard))
+            for ids, records, tokens in made:
+                store.append(ids, records, tokens)
+                step.advance(len(ids))
+        if shards is not None:
+            shards.remove()
     return {"examples": len(wanted), "tokens": store.tokens, "seconds_now": round(time.perf_counter() - started, 1)}
+
+
+def _asked(recipe: ClassifyRecipe, parts: Sequence[Sequence[tuple[str, str]]]) -> Generator[Made]:
+    engine = load_teacher(recipe)
+    question = LabelQuestion(recipe)
+    for part in parts:
+        values, tokens = question.ask(engine, [text for _, text in part])
+        yield [name for name, _ in part], [{"scores": rows[None]} for rows in values], tokens
 
 
 def calibrate(recipe: ClassifyRecipe, run: Run) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Work over many examples on many machines: in shards, on Ray, each done and written once."""

@@ -1,0 +1,118 @@
+"""Scoring by workers on other machines: a teacher in each, its signals back in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from attar.cluster.machines import start_cluster
+from attar.cluster.shards import Shards
+from attar.engines.api import ledger_path
+from attar.engines.leases import LeasedLedger, lease_ledger, own_share
+from attar.engines.load import load_teacher, served, teacher_files
+from attar.engines.local import load_local, resolve_device
+from attar.recipe import ChatRecipe, ClassifyRecipe
+from attar.signals.labels import LabelQuestion
+from attar.signals.language import SignalKind, ask_in_batches
+from attar.signals.packing import Packed
+from attar.signals.tables import examples_of, examples_table, records_of, records_table, requests_table
+from attar.tokens import TokenizedExample
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["Made", "TokenWork", "WordWork", "ask_about_tokens", "ask_about_words"]
+
+AnyRecipe = TypeVar("AnyRecipe", ChatRecipe, ClassifyRecipe)
+
+Made = tuple[list[str], list[dict[str, np.ndarray[Any, Any]]], int]
+"""Ids, their records, and the prompt tokens that were read for them"""
+
+
+@dataclass(frozen=True)
+class TokenWork:
+    """What a causal language model says about tokenised examples."""
+
+    recipe: ChatRecipe
+    kind: SignalKind
+
+    def open(self) -> Callable[[pa.Table], pa.Table]:
+        """Load the teacher; returns examples -> records."""
+        teacher = self.recipe.teacher
+        engine = load_local(teacher.model, dtype=teacher.dtype, device=resolve_device(self.recipe.run.device))
+
+        def work(table: pa.Table) -> pa.Table:
+            examples = examples_of(table)
+            records = ask_in_batches(engine.model, engine.tokenizer, examples, self.kind, teacher.tokens_per_batch)
+            return records_table([example.id for example in examples], records, sum(map(len, examples)))
+
+        return work
+
+
+@dataclass(frozen=True)
+class WordWork:
+    """What a teacher says about the words that stand for labels."""
+
+    recipe: ClassifyRecipe
+    ledger: LeasedLedger | None = None
+    """of a teacher behind an API"""
+
+    def open(self) -> Callable[[pa.Table], pa.Table]:
+        """Load the teacher; returns requests -> records of their words' scores."""
+        engine = load_teacher(self.recipe, ledger=self.ledger)
+        question = LabelQuestion(self.recipe)
+
+        def work(table: pa.Table) -> pa.Table:
+            values, tokens = question.ask(engine, table["text"].to_pylist())
+            return records_table(table["id"].to_pylist(), [{"scores": rows[None]} for rows in values], tokens)
+
+        return work
+
+
+def ask_about_tokens(
+    recipe: ChatRecipe, kind: SignalKind, parts: Sequence[Sequence[TokenizedExample]], shards: Shards
+) -> Generator[Packed]:
+    """Ask the workers of the recipe's cluster about examples; yields their records, in order.
+
+    Args:
+        recipe: says where the cluster is, and which teacher its workers load.
+        kind: what is kept.
+        parts: each a shard.
+        shards: what is on its way; to be removed once the records are kept.
+    """
+    if not parts:
+        return
+    with start_cluster(recipe.run) as cluster:
+        tables = map(examples_table, parts)
+        for made in cluster.map(TokenWork(_sent(recipe), kind), tables, shards):
+            yield from records_of(made)[1]
+
+
+def ask_about_words(
+    recipe: ClassifyRecipe, parts: Sequence[Sequence[tuple[str, str]]], shards: Shards
+) -> Generator[Made]:
+    """The same for the words that stand for labels; the parts are of (id, text).
+
+    Raises:
+        Stopped: budget or quota is used up, or the server is gone; what was answered is kept.
+    """
+    with ExitStack() as stack:
+        cluster = stack.enter_context(start_cluster(recipe.run))
+        work = WordWork(_sent(recipe))
+        if served(recipe):
+            ledger = stack.enter_context(lease_ledger(ledger_path(recipe), recipe.budget.usd))
+            teacher = own_share(recipe.teacher, cluster.workers)
+            work = WordWork(recipe.model_copy(update={"teacher": teacher}), ledger)
+        yield from map(records_of, cluster.map(work, map(requests_table, parts), shards))
+
+
+def _sent(recipe: AnyRecipe) -> AnyRecipe:
+    """The recipe for workers, who may stand in another folder."""
+    if not recipe.teacher.model.startswith("hf:"):
+        return recipe
+    model = f"hf:{teacher_files(recipe).resolve()}"
+    return recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"model": model})})

@@ -1,0 +1,303 @@
+"""A Ray cluster of two workers, one killed in mid-run: results are those of one process, in order, each once."""
+
+import json
+import os
+import signal
+import sqlite3
+import sys
+import uuid
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from attar import pipeline
+from attar.cluster import machines
+from attar.cluster.machines import start_cluster
+from attar.cluster.shards import Shards
+from attar.engines.leases import lease_ledger
+from attar.engines.ledger import Claim, Ending, Ledger, Over, Stored, Taken
+from attar.errors import BudgetExceeded, RunError
+from attar.recipe import load_recipe
+from attar.recipe.base import RunPart
+from attar.signals import workers
+
+# Ray warns of its own settings.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+WORKERS = RunPart(on="ray", workers=2, threads=1)
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """The URL of a bucket on an S3 server of this machine."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    settings = {
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port()),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        import s3fs
+
+        s3fs.S3FileSystem().mkdir("shards")
+        yield "s3://shards"
+        s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def cluster(bucket):
+    with start_cluster(WORKERS) as started:
+        import ray
+
+        # Workers cannot import what stands here.
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        yield started
+    assert not ray.is_initialized()
+
+
+@pytest.fixture(params=["disk", "s3"])
+def place(request, bucket, tmp_path):
+    return str(tmp_path / "shards") if request.param == "disk" else f"{bucket}/{uuid.uuid4().hex}"
+
+
+@dataclass(frozen=True)
+class Squares:
+    """Squares numbers; dies at one of them once, or always."""
+
+    notes: str
+    """a folder for what the workers have to tell"""
+    dies_at: int | None = None
+    when: str = "before"
+    """or ``after`` its result was written, or ``always``"""
+    refuses: int | None = None
+
+    def open(self):
+        write = Shards.attempt
+
+        def attempt(shards, source, table):
+            mark = write(shards, source, table)
+            if self.when == "after":
+                self.die(table["id"].to_pylist())
+            return mark
+
+        Shards.attempt = attempt
+
+        def work(table):
+            numbers = table["value"].to_pylist()
+            (Path(self.notes) / f"did-{numbers[0]}-{uuid.uuid4().hex}").write_text(str(os.getpid()))
+            if self.refuses in numbers:
+                raise BudgetExceeded("no money left")
+            if self.when != "after":
+                self.die(table["id"].to_pylist())
+            return pa.table({"id": table["id"], "square": [n * n for n in numbers]})
+
+        return work
+
+    def die(self, ids):
+        died = Path(self.notes) / "died"
+        if str(self.dies_at) in ids and (self.when == "always" or not died.exists()):
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def tables(count=12, rows=2):
+    return [
+        pa.table({"id": [str(n) for n in part], "value": list(part)})
+        for part in (range(start, start + rows) for start in range(0, count * rows, rows))
+    ]
+
+
+def did(notes):
+    return Counter(int(path.name.split("-")[1]) for path in Path(notes).glob("did-*"))
+
+
+@pytest.fixture
+def commits(monkeypatch):
+    seen = []
+    commit = Shards.commit
+
+    def counted(self, mark):
+        seen.append(mark.source)
+        commit(self, mark)
+
+    monkeypatch.setattr(Shards, "commit", counted)
+    return seen
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_killed_workers_shards_are_done_again_and_written_once(cluster, place, tmp_path, commits, when):
+    if when == "after" and place.startswith("s3"):
+        pytest.skip("as on a disk")
+    shards = Shards(place)
+    work = Squares(str(tmp_path), dies_at=6, when=when)
+    results = list(cluster.map(work, tables(), shards))
+    assert (tmp_path / "died").exists()
+    assert [n for table in results for n in table["id"].to_pylist()] == [str(n) for n in range(24)]
+    assert [n for table in results for n in table["square"].to_pylist()] == [n * n for n in range(24)]
+    assert sorted(commits) == sorted(set(commits))
+    assert len(commits) == 12
+    assert did(tmp_path)[6] >= 2
+    assert len({path.read_text() for path in tmp_path.glob("did-*")}) >= 2
+    # Again: nothing is done, nothing is written, no matter how the marks were made.
+    before = did(tmp_path)
+    again = list(cluster.map(work, tables(), Shards(place)))
+    assert [t.to_pylist() for t in again] == [t.to_pylist() for t in results]
+    assert (did(tmp_path), len(commits)) == (before, 12)
+    # What the killed attempt had written is gone, and one file is left for each shard.
+    assert sum(name.count(".") == 2 for name in shards._sizes()) == 12
+
+
+def test_what_a_worker_raises_comes_here_and_the_rest_is_kept(cluster, tmp_path):
+    shards = Shards(str(tmp_path / "shards"))
+    with pytest.raises(BudgetExceeded, match="no money left"):
+        list(cluster.map(Squares(str(tmp_path), refuses=4), tables(), shards))
+    kept = shards.marks()
+    assert len(kept) < 12
+    first = did(tmp_path)
+    results = list(cluster.map(Squares(str(tmp_path)), tables(), shards))
+    assert [n for table in results for n in table["square"].to_pylist()] == [n * n for n in range(24)]
+    assert sum((did(tmp_path) - first).values()) == 12 - len(kept)
+
+
+def test_a_shard_that_kills_every_worker_ends_the_run(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(machines, "_RETRIES", 1)
+    with pytest.raises(RunError, match=r"run\.shard_rows"):
+        list(cluster.map(Squares(str(tmp_path), dies_at=0, when="always"), tables(2), Shards(str(tmp_path / "s"))))
+
+
+@dataclass(frozen=True)
+class Payer:
+    """Pays a cent for each number, in a file that shows who paid for what; dies once with a request in flight."""
+
+    notes: str
+    ledger: object
+
+    def open(self):
+        bill = Path(self.notes) / "bill"
+
+        def ask(key):
+            while True:
+                [outcome] = self.ledger.commit([], [(key, 0.02)])
+                if isinstance(outcome, Stored):
+                    return outcome.outcome
+                if isinstance(outcome, Over):
+                    raise BudgetExceeded(outcome.message)
+                if isinstance(outcome, Claim):
+                    break
+                assert isinstance(outcome, Taken)
+            with bill.open("a") as handle:
+                handle.write(f"{key}\n")
+            died = Path(self.notes) / "died"
+            if key == "key-3" and not died.exists():
+                died.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.ledger.commit([Ending(outcome, f"answer {key}", 0.01)], [])
+            return f"answer {key}"
+
+        # Numbers meet in more than one shard: what one worker asks, another one may have in flight.
+        return lambda table: pa.table({"answer": [ask(f"key-{n // 2}") for n in table["value"].to_pylist()]})
+
+
+def test_nothing_is_paid_twice_but_what_a_killed_worker_had_in_flight(cluster, tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    with lease_ledger(path, 1.0, lease_s=1.0) as ledger:
+        results = list(cluster.map(Payer(str(tmp_path), ledger), tables(12, 3), Shards(str(tmp_path / "s"))))
+    assert [a for table in results for a in table["answer"].to_pylist()] == [f"answer key-{n // 2}" for n in range(36)]
+    bill = Counter((tmp_path / "bill").read_text().split())
+    assert bill.pop("key-3") == 2
+    assert set(bill.values()) == {1}
+    assert len(bill) == 17
+    spend = Ledger(path).spend()
+    assert (spend.calls, spend.usd, spend.reserved_usd, spend.lost_usd) == (18, pytest.approx(0.18), 0, 0.02)
+
+
+def test_workers_together_stay_within_the_budget_and_another_run_goes_on(cluster, tmp_path):
+    path, shards = tmp_path / "ledger.sqlite", Shards(str(tmp_path / "s"))
+    (tmp_path / "died").touch()
+    with lease_ledger(path, 0.1, lease_s=1.0) as ledger, pytest.raises(BudgetExceeded, match=r"budget\.usd is 0\.1"):
+        list(cluster.map(Payer(str(tmp_path), ledger), tables(12, 2), shards))
+    spend = Ledger(path).spend()
+    assert 0.0 < spend.usd <= 0.1
+    with lease_ledger(path, 1.0, lease_s=1.0) as ledger:
+        results = list(cluster.map(Payer(str(tmp_path), ledger), tables(12, 2), shards))
+    assert len(results) == 12
+    assert set(Counter((tmp_path / "bill").read_text().split()).values()) == {1}
+    assert sqlite3.connect(path).execute("SELECT COUNT(*) FROM answers").fetchone() == (12,)
+
+
+RECIPE = """
+name: tiny-chat
+task: chat
+teacher: {model: "hf:TEACHER"}
+data: {train: conversations.jsonl}
+curate: {val_size: 6, test_size: 4, max_tokens: 64}
+distill:
+  objectives: [{kind: logit}]
+  signals: SIGNALS
+run: {device: cpu, threads: 1, shard_rows: 5}
+"""
+
+
+class Mortal(workers.TokenWork):
+    """The same, but one worker dies at its second shard."""
+
+    died: str = ""
+
+    def open(self):
+        work, calls = super().open(), []
+
+        def once(table):
+            calls.append(table.num_rows)
+            if len(calls) == 2 and not os.path.exists(self.died):
+                Path(self.died).touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return work(table)
+
+        return once
+
+
+@pytest.mark.parametrize("signals", ["{kind: sampled}", "{kind: hidden}"])
+def test_signals_are_those_of_one_process(cluster, place, tmp_path, tiny_teacher, monkeypatch, commits, signals):
+    if "hidden" in signals and place.startswith("s3"):
+        pytest.skip("as on a disk")
+    words = "turn off the lamp please play wake me at seven".split()
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": " ".join(words[: 2 + n % 7])},
+                {"role": "assistant", "content": f"{words[n % 9]} {n}"},
+            ]
+        }
+        for n in range(40)
+    ]
+    (tmp_path / "conversations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "attar.yaml").write_text(RECIPE.replace("TEACHER", str(tiny_teacher)).replace("SIGNALS", signals))
+    one = pipeline.run(load_recipe(tmp_path / "attar.yaml", ["run.folder=one"]), until="score")
+    monkeypatch.setattr(Mortal, "died", str(tmp_path / "died"))
+    monkeypatch.setattr(workers, "TokenWork", Mortal)
+    changes = ["run.folder=many", "run.on=ray", "run.workers=2", f"run.shards={place}"]
+    many = pipeline.run(load_recipe(tmp_path / "attar.yaml", changes), until="score")
+    assert (tmp_path / "died").exists()
+    assert sorted(commits) == sorted(set(commits))
+    files = sorted(path.name for path in (one / "signals/tokens").iterdir())
+    assert sum(name.endswith(".json") for name in files) >= 8
+    assert files == sorted(path.name for path in (many / "signals/tokens").iterdir())
+    for name in files:
+        assert (one / "signals/tokens" / name).read_bytes() == (many / "signals/tokens" / name).read_bytes(), name
+    # What was on its way is gone.
+    assert Shards(place)._sizes() == {}
