@@ -25,6 +25,7 @@ from attar.progress import Progress, Silent
 
 __all__ = [
     "Run",
+    "append_synced",
     "canonical",
     "digest",
     "file_digest",
@@ -110,6 +111,23 @@ def write_atomic(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON value atomically, keys in their own order, one trailing newline."""
     write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def append_synced(path: Path, content: bytes) -> None:
+    """Add to the end of a file, which is made where there is none; on the disk when this returns.
+
+    Raises:
+        NoSpaceError: the disk is full; a part of the content may stand in the file.
+    """
+    with _disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
+        with path.open("ab") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        if new:
+            _sync_folder(path.parent)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import typer
 
 from attar import __version__
 from attar.cli import curate as _curate  # noqa: F401 - registers its verb
+from attar.cli import generate as _generate  # noqa: F401
 from attar.cli import imports as _imports  # noqa: F401
 from attar.cli import record as _record  # noqa: F401
 from attar.cli import runs as _runs  # noqa: F401

@@ -102,7 +102,7 @@ def load_teacher(recipe: Recipe, *, fresh: bool = False, ledger: Accounts | None
 
 
 def load_chat_teacher(recipe: Recipe) -> ChatEngine:
-    """Load the recipe's teacher to continue conversations: behind an API, in llama.cpp, or the user's own class.
+    """Load the recipe's teacher to continue conversations: behind an API, in this process, or the user's own class.
 
     Raises:
         ModelError: there is no such model or class, or it continues no conversations.
@@ -116,12 +116,13 @@ def load_chat_teacher(recipe: Recipe) -> ChatEngine:
         from attar.engines.gguf_chat import load_gguf_chat
 
         return load_gguf_chat(recipe)
-    if scheme in _OPENERS:
-        raise ModelError(
-            f"teacher.model: {recipe.teacher.model} continues no conversations here (sampling and tool calls are "
-            "missing); export it to GGUF and name it gguf:FILE, or serve it and name it openai:NAME with "
-            "teacher.base_url"
-        )
+    if scheme == "hf":
+        from attar.engines.local import load_local, resolve_device
+        from attar.engines.local_chat import LocalChat
+
+        teacher = recipe.teacher
+        model = load_local(teacher.model, dtype=teacher.dtype, device=resolve_device(recipe.run.device))
+        return LocalChat(model, name=Path(teacher.model).name, tokens_per_batch=teacher.tokens_per_batch)
     made = _users_own(recipe)
     if not isinstance(made, ChatEngine):
         raise ModelError(f"teacher.model: {recipe.teacher.model} is no chat engine; it needs {_members(ChatEngine)}")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from attar.data.types import Prompt
-from attar.engines.base import Capability, Completion, Scores
+from attar.data.types import Message, Prompt
+from attar.engines.base import Answer, Capability, ChatRequest, Completion, Failure, Scores
 from attar.tokens import prompt_text
 
-__all__ = ["ScriptedEngine"]
+__all__ = ["ScriptedChat", "ScriptedEngine"]
 
 
 class ScriptedEngine:
@@ -46,3 +46,38 @@ class ScriptedEngine:
             np.ones(len(continuations), dtype=np.int64),
             np.array([len(prompt_text(prompt).split()) for prompt in prompts]),
         )
+
+
+class ScriptedChat:
+    """Continues conversations by a function, in the order of the requests. Its answers name the model ``scripted``.
+
+    Args:
+        answer: request -> the answer's text, its message, or what became of the request.
+    """
+
+    def __init__(self, answer: Callable[[ChatRequest], str | Message | Answer | Failure]) -> None:
+        self._answer = answer
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """Text only."""
+        return frozenset({"text"})
+
+    def chat(self, requests: Iterable[ChatRequest]) -> Iterator[tuple[int, Answer | Failure]]:
+        """Answer each request; tokens are words, and cost nothing."""
+        for number, request in enumerate(requests):
+            said = self._answer(request)
+            if isinstance(said, str):
+                said = Message("assistant", said)
+            if isinstance(said, Message):
+                asked = sum(len(message.content.split()) for message in request.messages)
+                said = Answer(
+                    message=said,
+                    finish_reason="tool_calls" if said.tool_calls else "stop",
+                    prompt_tokens=asked,
+                    completion_tokens=len(said.content.split()),
+                    cached_tokens=0,
+                    model="scripted",
+                    usd=0.0,
+                )
+            yield number, said

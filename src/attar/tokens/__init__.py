@@ -4,6 +4,7 @@ from attar.tokens.conversations import (
     TokenizedExample,
     encode_conversation,
     encode_conversations,
+    encode_request,
     highlight,
     template_fingerprint,
 )
@@ -15,6 +16,7 @@ __all__ = [
     "encode_conversations",
     "encode_plain",
     "encode_prompt",
+    "encode_request",
     "highlight",
     "prompt_text",
     "render_prompt",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
@@ -16,12 +16,19 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from attar.data.types import Conversation
+from attar.data.types import Conversation, Message
 from attar.errors import DataError
 from attar.tokens.turns import Turn, Turns
 from attar.workspace import digest
 
-__all__ = ["TokenizedExample", "encode_conversation", "encode_conversations", "highlight", "template_fingerprint"]
+__all__ = [
+    "TokenizedExample",
+    "encode_conversation",
+    "encode_conversations",
+    "encode_request",
+    "highlight",
+    "template_fingerprint",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +107,25 @@ def encode_conversation(
         if example is not None:
             examples.append(example)
     return examples
+
+
+def encode_request(tokenizer: Any, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+    """Token ids that a model is given when it is asked for the next message.
+
+    They are those with which an example of ``encode_conversation`` begins, up to the answer. Control strings in
+    content are plain text.
+
+    Args:
+        tokenizer: a fast tokenizer with a chat template.
+        messages: the conversation so far.
+        tools: on offer, as OpenAI schemas.
+
+    Raises:
+        DataError: the template refuses the conversation.
+        ModelError: the tokenizer has no chat template, or is not a fast one.
+    """
+    turns = Turns(tokenizer, Conversation(tuple(messages), tuple(tools)), {})
+    return turns.coder.encode(*turns.asked()).ids
 
 
 def _example(turns: Turns, name: str, covered: list[Turn], counts: Counter[str]) -> TokenizedExample:

@@ -90,6 +90,18 @@ class Turns:
         self._check_markers(index, text, start, end, where)
         return Turn(index, text, start, end, quoted)
 
+    def asked(self) -> tuple[str, frozenset[int]]:
+        """What the model is given when it is asked for the next message, and where control strings are content in it.
+
+        Raises:
+            DataError: the template refuses the messages.
+        """
+        text = self._render(self._messages, self._name, prompt=True)
+        quoted = self._quoted(self._messages, text, self._name, prompt=True)
+        if text == self._render(self._messages, self._name):
+            text += self._header(self._messages, text, self._name)
+        return text, quoted
+
     def _with_arguments(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """The messages as a template wants them, the arguments of tool calls as objects or, if need be, as JSON.
 
@@ -136,7 +148,9 @@ class Turns:
             ) from error
         return text
 
-    def _quoted(self, messages: Sequence[Mapping[str, Any]], text: str, where: str) -> frozenset[int]:
+    def _quoted(
+        self, messages: Sequence[Mapping[str, Any]], text: str, where: str, *, prompt: bool = False
+    ) -> frozenset[int]:
         """Where control strings start in the text that were in the content, not in the template."""
         given = [*strings(messages), *strings(self._tools)]
         spelled = sorted({m.group() for string in given for m in self.coder.any_control.finditer(string)})
@@ -151,7 +165,7 @@ class Turns:
             marked = marks.messages(messages, self.coder)
             tools = None if self._tools is None else marks.value(self._tools, self.coder.any_control)
             given = sum(len(marks.find(string, self.coder)[1]) for string in strings([marked, tools]))
-            return *marks.find(self._render(marked, where, tools=tools), self.coder), given
+            return *marks.find(self._render(marked, where, prompt=prompt, tools=tools), self.coder), given
 
         def own(text: str, quoted: frozenset[int]) -> list[str]:
             return [text[s:e] for s, e in self.coder.occurrences(text) if s not in quoted]
