@@ -40,7 +40,7 @@ class ScriptedServer:
                 with outer._lock:
                     number = len(outer.requests)
                     outer.requests.append(body)
-                    outer.headers.append(dict(self.headers))
+                    outer.headers.append({name.lower(): value for name, value in self.headers.items()})
                     outer._now += 1
                     outer.most_at_once = max(outer.most_at_once, outer._now)
                 try:

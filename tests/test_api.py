@@ -500,7 +500,7 @@ def test_anthropic(tmp_path):
         "system": "Add.",
         "messages": [{"role": "user", "content": "2 and 2?"}],
     }
-    assert server.headers[1]["X-Api-Key"] == "key"
+    assert server.headers[1]["authorization"] == "Bearer key"
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ class Batched:
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch):
     monkeypatch.setattr(batches, "_WAIT_S", 0.01)
-    monkeypatch.setattr(batches.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(batches, "sleep", lambda seconds: None)
 
 
 def engine(server, path, *, budget=None):
@@ -121,7 +121,7 @@ def test_a_run_that_was_cut_off_collects_what_it_had_submitted(tmp_path):
             raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(batches.time, "sleep", impatient)
+            patch.setattr(batches, "sleep", impatient)
             with pytest.raises(KeyboardInterrupt):
                 list(first.chat(asked("a", "b")))
         assert first.ledger.spend().reserved_usd > 0

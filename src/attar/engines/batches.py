@@ -8,10 +8,10 @@ moment the run was cut off at, the batch is found again, or nothing was submitte
 from __future__ import annotations
 
 import json
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from time import monotonic, sleep
 from typing import Any
 
 from attar.data.wire import Reply, Usage
@@ -152,7 +152,7 @@ class Batches:
                 outcome = from_json(stored.outcome) if stored else Failure("batch", "given back", False, 0.0)
                 yield from ((job.index, outcome) for job in waiting.pop(key))
             if waiting:
-                time.sleep(self._poll_s)
+                sleep(self._poll_s)
 
     def _collected(
         self, batch: Any, claims: dict[str, Claim], waiting: dict[str, list[Job]]
@@ -211,7 +211,7 @@ class Batches:
             AttarError: it cannot.
         """
         module = require(self._server.protocol, "api")
-        started, wait = time.monotonic(), _WAIT_S
+        started, wait = monotonic(), _WAIT_S
         while True:
             try:
                 return call()
@@ -222,12 +222,12 @@ class Batches:
                     raise refusal from error
             except module.APIConnectionError as error:
                 trouble = Trouble("connection", str(error.__cause__), "retry")
-            if time.monotonic() - started + wait > self._total_timeout_s:
+            if monotonic() - started + wait > self._total_timeout_s:
                 raise Stopped(
-                    f"{self._server.identity} could not be reached for {time.monotonic() - started:.0f} s ({trouble}); "
+                    f"{self._server.identity} could not be reached for {monotonic() - started:.0f} s ({trouble}); "
                     "batches that were submitted go on: the same command collects them"
                 )
-            time.sleep(max(wait, trouble.retry_after_s or 0.0))
+            sleep(max(wait, trouble.retry_after_s or 0.0))
             wait = min(2 * wait, 60.0)
 
 
