@@ -25,6 +25,7 @@ class Private:
         own = settings.patterns if settings.patterns_policy != "keep" else {}
         self._rules = [Rule(kind, KINDS[kind]) for kind, policy in policies.items() if policy != "keep"]
         self._rules += [Rule(kind, matches(re.compile(pattern))) for kind, pattern in own.items()]
+        self._own = bool(own)
         self._dropped = {kind for kind, policy in policies.items() if policy == "drop"}
         if settings.patterns_policy == "drop":
             self._dropped |= set(own)
