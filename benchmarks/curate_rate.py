@@ -3,7 +3,7 @@
     python benchmarks/curate_rate.py [--examples 1000000] [--threads 2]
 
 The file holds conversations of about 1 kB: single and several turns, system prompts that many share, tools and calls,
-a few API keys. 1 in 100 is a copy of an earlier one, 3 in 100 are an earlier one with a word in 60 replaced. The whole
+a few API keys. 1 in 100 is a copy of an earlier one, 3 in 100 are an earlier one with a word in 80 replaced. The whole
 command is timed, with the defaults of the recipe: parsing, filters, near duplicates, leaks, split, card, and the hashes
 of what went in and came out. Memory is the largest sum of the resident sets of the command and its workers, seen every
 0.1 s. The run fails where fewer than 99 % of the planted duplicates were found, or more than 0.1 % of the rest was
@@ -72,8 +72,8 @@ class Writer:
         messages = [{"role": "system", "content": self.rng.choice(self.systems)}] if kind < 0.3 else []
         for _ in range(3 if kind > 0.8 else 1):
             size = 0.45 if kind > 0.8 else 1
-            messages.append({"role": "user", "content": self.text(int(size * self.rng.randint(15, 70)))})
-            messages.append({"role": "assistant", "content": self.text(int(size * self.rng.randint(60, 180)))})
+            messages.append({"role": "user", "content": self.text(int(size * self.rng.randint(10, 50)))})
+            messages.append({"role": "assistant", "content": self.text(int(size * self.rng.randint(40, 110)))})
         row = {"messages": messages}
         if kind > 0.95:
             name = self.rng.choice(TOOLS)["function"]["name"]
@@ -90,7 +90,7 @@ class Writer:
 
     def edited(self, text):
         words = text.split(" ")
-        for _ in range(len(words) // 60):
+        for _ in range(len(words) // 80):
             words[self.rng.randrange(len(words))] = self.rng.choice(self.words)
         return " ".join(words)
 

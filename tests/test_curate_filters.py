@@ -151,7 +151,7 @@ def test_secrets_are_redacted_dropped_or_kept(tmp_path):
     everything = "".join(p.read_text() for p in folder.iterdir())
     assert KEY not in everything
     assert "4111 1111" in everything
-    counts, folder = curated(chat(tmp_path, rows, private={"patterns": {"TOWN": "Osl?o"}, "keys": "keep"}))
+    counts, folder = curated(chat(tmp_path, rows, private={"patterns": {"TOWN": "^Osl?o"}, "keys": "keep"}))
     assert counts["redacted"] == {"card": 1, "TOWN": 1}
 
 

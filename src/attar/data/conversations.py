@@ -97,10 +97,22 @@ def parse_conversation(row: Any, *, columnar: bool = False) -> Conversation:
     tools = _tools(row.get("tools"), columnar)
     conversation = Conversation(parsed, tools, _optional_string(row, "group", "group"))
     try:
-        json.dumps(conversation.wire, ensure_ascii=False).encode()
+        _encode(conversation)
     except UnicodeEncodeError as error:
         raise BadRow("malformed", f"the text holds half a surrogate pair ({error.object[error.start]!r})") from error
     return conversation
+
+
+def _encode(conversation: Conversation) -> None:
+    """Raise where a text cannot be written; only what is deep is walked by a JSON encoder."""
+    for message in conversation.messages:
+        for text in (message.content, message.reasoning, message.name, message.tool_call_id, conversation.group):
+            if text is not None:
+                text.encode()
+        if message.tool_calls:
+            json.dumps(message.wire, ensure_ascii=False).encode()
+    if conversation.tools:
+        json.dumps(conversation.tools, ensure_ascii=False).encode()
 
 
 def _message(row: Any, where: str, columnar: bool) -> Message:

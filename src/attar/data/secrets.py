@@ -73,7 +73,9 @@ Finder = Callable[[str], Iterator[Span]]
 """The stretches of a text that a rule finds, in order."""
 
 # 13 to 19 digits, single blanks or hyphens between them, of an issuer: Visa, Mastercard, American Express, Discover.
-_CARD = re.compile(r"(?<![\d.,-])(?:4|5[1-5]|2[2-7]|3[47]|6(?:011|5))(?:[ -]?\d){11,18}(?![\d.,]?\d)")
+_CARD = re.compile(
+    r"[2-6](?<![\d.,-].)(?:(?<=4)|(?<=5)[1-5]|(?<=2)[2-7]|(?<=3)[47]|(?<=6)(?:011|5))(?:[ -]?\d){11,18}(?![\d.,]?\d)"
+)
 # In an address, between the scheme and the host.
 _CREDENTIALS = re.compile(r"[^\s/:@]{1,64}:[^\s/:@]{3,128}(?=@)")
 

@@ -49,7 +49,7 @@ Pattern = Annotated[str, AfterValidator(_compiled)]
 class NearDuplicates(Part):
     """Rows of which nearly all words, in nearly the same order, stand in an earlier row as well."""
 
-    threshold: float = Field(default=0.85, ge=0.5, le=1, strict=False)
+    threshold: float = Field(default=0.8, ge=0.5, le=1, strict=False)
     """Jaccard similarity of the sets of shingles, of the whole and of the answers, from which a row is a duplicate"""
     shingle: Positive = 5
     """words of a shingle"""
