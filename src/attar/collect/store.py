@@ -49,7 +49,8 @@ def lock(folder: Path) -> filelock.BaseFileLock:
         OSError: the folder cannot be made or written.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    held = filelock.FileLock(folder / ".lock")
+    # Not of one thread: it may be taken in one and let go in another.
+    held = filelock.FileLock(folder / ".lock", thread_local=False)
     try:
         held.acquire(timeout=0)
     except filelock.Timeout as error:
