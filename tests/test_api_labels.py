@@ -212,7 +212,6 @@ def test_the_fingerprint_of_a_teacher_behind_an_api(tmp_path):
         ):
             reasons = {p.stage: p.reasons for p in plan(recipe(tmp_path, server.url, **changed), "score")}
             assert reasons["score"], changed
-            assert not reasons["curate"]
     with pytest.raises(ModelError, match="no files here"):
         teacher_files(recipe(tmp_path, "http://h/v1"))
 
@@ -258,7 +257,5 @@ def test_which_teachers_continue_conversations(tmp_path):
         "teacher__timeout_s": 120,
         "teacher__total_timeout_s": 1800,
     }
-    with pytest.raises(ModelError, match="continues no conversations here"):
-        load_chat_teacher(recipe(tmp_path, "", teacher__model="hf:x", **plain))
     with pytest.raises(ModelError, match="no chat engine; it needs capabilities, chat"):
         load_chat_teacher(recipe(tmp_path, "", teacher__model="fakes:Keyword", **plain))

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,9 @@ def _curated(recipe: AnyRecipe, folder: Path, progress: Progress) -> dict[str, A
             return _passes(recipe, folder, parts, files, each, progress)
     finally:
         shutil.rmtree(parts, ignore_errors=True)
+        # Where nothing was written, nothing is left.
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _passes(

@@ -38,7 +38,7 @@ def check(recipe: ClassifyRecipe) -> list[Finding]:
     try:
         with preview(recipe) as (folder, counts):
             sources = {name: _examples(folder / f"{name}.jsonl") for name in ("train", "val", *_LABELLED)}
-        sources["pool"] = sources.pop("train") + sources.pop("val")
+        sources = {"pool": sources.pop("train") + sources.pop("val"), **sources}
         findings += _data(recipe, sources, counts["dropped"])
     except AttarError as error:
         return [*findings, Finding("refuse", str(error))]
