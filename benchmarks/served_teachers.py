@@ -1,6 +1,6 @@
 """What a served teacher says, beside the same weights in this process.
 
-    python benchmarks/served_teachers.py DIR [--vllm PYTHON] [--tokens 1500] [--entries 20]
+    python benchmarks/served_teachers.py DIR [--vllm PYTHON] [--tokens 1000] [--entries 20]
 
 DIR holds a causal language model in float32 with its tokenizer and chat template, of an architecture that the GGUF
 export knows. PYTHON is the interpreter of an environment that has vLLM; without it that half is left out. Text:
@@ -185,7 +185,12 @@ def answered(engine, folder, entries):
     from attar.students.export_lm import export_gguf
 
     path = folder / "model.gguf"
-    export_gguf(engine.model, engine.tokenizer, path, probes=[[1, 2, 3, 4, 5, 6, 7, 8]])
+    export_gguf(
+        engine.model,
+        engine.tokenizer,
+        path,
+        probes=[found.ids[:64].tolist() for found in examples(engine.tokenizer, 100)],
+    )
     llama = load_gguf(str(path), tokenizer=engine.tokenizer, context_tokens=1024, threads=2)
     server = Server("openai", "teacher", f"{llama.address}/v1", "none", "nowhere")
     box = ServedTeacher(server, vocabulary=len(engine.tokenizer), timeout_s=60, total_timeout_s=60, concurrency=1)
@@ -248,7 +253,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--vllm", metavar="PYTHON")
-    parser.add_argument("--tokens", type=int, default=1500)
+    parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--entries", type=int, default=20)
     options = parser.parse_args()
     from attar.engines.local import load_local
@@ -262,6 +267,7 @@ def main():
             with vllm(options.vllm, options.folder, Path(folder) / "vllm.log") as (url, load_s):
                 say(f"vLLM took {load_s:.0f} s; it scores {len(found)} conversations")
                 result["vllm"] = white_box(engine, url, load_s, found, options.entries)
+                say(json.dumps(result["vllm"]))
         say("llama.cpp answers")
         result["llama_cpp"] = answered(engine, Path(folder), options.entries)
     print(json.dumps(result))
