@@ -434,6 +434,14 @@ def test_a_text_that_was_to_be_json_and_is_none(tmp_path):
         assert one(made, ask(schema={"type": "object"}, sample=1)).message.content == "{}"
 
 
+def test_a_tool_call_that_was_asked_for_and_did_not_come():
+    tool = {"type": "function", "function": {"name": "f"}}
+    with ScriptedServer(lambda *_: chat("I would call f")) as server:
+        made = engine(server)
+        assert one(made, ask(tools=(tool,), tool_choice="f")).reason == "no tool call"
+        assert isinstance(one(made, ask(tools=(tool,), tool_choice="auto")), Answer)
+
+
 def test_top_logprobs():
     def script(number, body, path):
         assert (body["logprobs"], body["top_logprobs"]) == (True, 2)

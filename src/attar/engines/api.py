@@ -178,6 +178,10 @@ class ApiEngine:
         text = reply.message.content
         if job.request.schema is not None and reply.finish_reason == "stop" and not _is_json(text):
             return Failure("not json", f"a JSON text was asked for, the answer is {text[:500]!r}", True, usd)
+        demanded = job.request.tool_choice not in (None, "auto", "none")
+        if demanded and reply.finish_reason == "stop":
+            # Some servers drop tools that their model's template does not show.
+            return Failure("no tool call", f"a call was asked for, the answer is {text[:500]!r}", True, usd)
         if job.request.top_logprobs is not None and reply.logprobs is None and text:
             raise CapabilityError(
                 f"{self.server.protocol}:{self.server.model} at {self.server.address} was asked for top_logprobs and "

@@ -144,7 +144,7 @@ class Failure:
 
     reason: str
     """in a word or two, for counting: ``content_filter``, ``bad request``, ``not json``, ``bad tool call``,
-    ``timeout``, ``server error``, ``connection``"""
+    ``no tool call``, ``timeout``, ``server error``, ``connection``"""
     detail: str
     """what the server said"""
     final: bool
