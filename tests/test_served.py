@@ -300,6 +300,29 @@ def test_the_first_failure_ends_all_that_is_asked_for(tiny_teacher):
         assert len(server.requests) < 15
 
 
+def test_a_request_that_waits_for_the_server_ends_with_the_first_failure(tiny_teacher, monkeypatch):
+    monkeypatch.setattr("attar.engines.served._FIRST_WAIT_S", 1.0)
+    first, second = examples(2)
+
+    def bad(number, body):
+        if body is None or len(server.requests) > 2:
+            return None
+        if body["prompt"] == second.ids.tolist():
+            return error(503, "busy")
+        refused = error(400, "no", 400)
+        refused.wait_s = 0.4
+        return refused
+
+    with Vllm(tiny_teacher, before=bad) as server:
+        engine = engine_for(server)
+        with pytest.raises(CapabilityError, match="refuses a prompt"):
+            list(ask_served(engine, [first, second], SignalKind("top_k", entries=3)))
+        assert len(server.requests) == 2
+        # The next ones wait for it again.
+        server.before = lambda number, body: error(503, "busy") if body and len(server.requests) == 3 else None
+        assert engine.prompt_top(IDS, PLACES, 3).ids.shape == (3, 3)
+
+
 def test_no_more_requests_are_in_flight_than_allowed_and_answers_keep_their_order(tiny_teacher):
     few = examples(24)
     with Vllm(tiny_teacher, before=lambda n, body: None) as server:

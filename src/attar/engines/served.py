@@ -256,7 +256,7 @@ class ServedTeacher:
                     waiting.extend(pool.submit(function, item) for item in islice(source, 1))
             finally:
                 self._gone.set()
-                pool.shutdown(cancel_futures=True)
+                pool.shutdown()
                 self._gone.clear()
 
     def _complete(self, ids: Sequence[int], *, max_tokens: int, **options: Any) -> dict[str, Any]:
