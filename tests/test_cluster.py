@@ -46,6 +46,8 @@ def bucket():
         "AWS_SECRET_ACCESS_KEY": "testing",
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
+        # Ray's workers are as nice as this process, and not more.
+        "RAY_worker_niceness": "0",
         "AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port()),
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -86,7 +88,7 @@ class Squares:
     """or ``after`` its result was written, or ``always``"""
     refuses: int | None = None
 
-    def open(self):
+    def open(self, threads):
         write = Shards.attempt
 
         def attempt(shards, source, table):
@@ -187,7 +189,7 @@ class Payer:
     notes: str
     ledger: object
 
-    def open(self):
+    def open(self, threads):
         bill = Path(self.notes) / "bill"
 
         def ask(key):
@@ -258,8 +260,8 @@ class Mortal(workers.TokenWork):
 
     died: str = ""
 
-    def open(self):
-        work, calls = super().open(), []
+    def open(self, threads):
+        work, calls = super().open(threads), []
 
         def once(table):
             calls.append(table.num_rows)

@@ -43,8 +43,11 @@ _OBJECT_STORE_BYTES = 100 * 2**20
 class Work(Protocol):
     """What is done with shards. It is pickled and sent to every worker, so it holds settings, not models."""
 
-    def open(self) -> Callable[[pa.Table], pa.Table]:
+    def open(self, threads: int) -> Callable[[pa.Table], pa.Table]:
         """Load what the work needs, an engine; called once in each worker.
+
+        Args:
+            threads: of the CPU, for this worker.
 
         Returns:
             What makes a table of a table. It depends on the table alone, so that it does not matter which worker gets
@@ -158,8 +161,7 @@ class _Worker:
                 shards = Shards(self._url)
                 if shards.stopped():
                     return nothing
-                _set_threads(self._cpus)
-                self._ready = shards, self._work.open()
+                self._ready = shards, self._work.open(self._cpus)
             shards, function = self._ready
             if shards.stopped():
                 return nothing
@@ -167,12 +169,6 @@ class _Worker:
             return nothing | asdict(shards.attempt(source, function(shards.take(source))))
         except AttarError as error:
             return {**nothing, "error": type(error).__name__, "message": str(error)}
-
-
-def _set_threads(cpus: int) -> None:
-    import torch
-
-    torch.set_num_threads(cpus)
 
 
 def _next(made: Iterator[Mark], wanted: str) -> Mark:

@@ -61,8 +61,8 @@ def score(recipe: ClassifyRecipe, run: Run) -> dict[str, Any]:
     if left:
         # A damaged shard is better found before the teacher works than after.
         store.verify()
-        rows = recipe.run.shard_rows or SHARD
-        parts = [left[start : start + rows] for start in range(0, len(left), rows)]
+        size = recipe.run.shard_rows or SHARD
+        parts = [left[start : start + size] for start in range(0, len(left), size)]
         shards = stage_shards(recipe, "score", store.folder, store.fingerprint) if recipe.run.on == "ray" else None
         made = _asked(recipe, parts) if shards is None else ask_about_words(recipe, parts, shards)
         with track(run.progress, "teacher scores the pool", len(wanted)) as step, closing(made):

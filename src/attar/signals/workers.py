@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import torch
 
 from attar.cluster.machines import start_cluster
 from attar.cluster.shards import Shards
@@ -40,8 +41,9 @@ class TokenWork:
     recipe: ChatRecipe
     kind: SignalKind
 
-    def open(self) -> Callable[[pa.Table], pa.Table]:
+    def open(self, threads: int) -> Callable[[pa.Table], pa.Table]:
         """Load the teacher; returns examples -> records."""
+        torch.set_num_threads(threads)
         teacher = self.recipe.teacher
         engine = load_local(teacher.model, dtype=teacher.dtype, device=resolve_device(self.recipe.run.device))
 
@@ -61,9 +63,11 @@ class WordWork:
     ledger: LeasedLedger | None = None
     """of a teacher behind an API"""
 
-    def open(self) -> Callable[[pa.Table], pa.Table]:
+    def open(self, threads: int) -> Callable[[pa.Table], pa.Table]:
         """Load the teacher; returns requests -> records of their words' scores."""
-        engine = load_teacher(self.recipe, ledger=self.ledger)
+        torch.set_num_threads(threads)
+        run = self.recipe.run.model_copy(update={"threads": threads})
+        engine = load_teacher(self.recipe.model_copy(update={"run": run}), ledger=self.ledger)
         question = LabelQuestion(self.recipe)
 
         def work(table: pa.Table) -> pa.Table:
