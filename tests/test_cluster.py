@@ -7,6 +7,7 @@ import sqlite3
 import sys
 import uuid
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +18,16 @@ from attar import pipeline
 from attar.cluster import machines
 from attar.cluster.machines import start_cluster
 from attar.cluster.shards import Shards
+from attar.data.types import Message
+from attar.engines.base import ChatRequest
 from attar.engines.leases import lease_ledger
 from attar.engines.ledger import Claim, Ending, Ledger, Over, Stored, Taken
+from attar.engines.spread import spread_chat
 from attar.errors import BudgetExceeded, RunError
 from attar.recipe import load_recipe
 from attar.recipe.base import RunPart
 from attar.signals import workers
+from servers import ScriptedServer, chat
 
 # Ray warns of its own settings.
 pytestmark = [
@@ -46,6 +51,8 @@ def bucket():
         "AWS_SECRET_ACCESS_KEY": "testing",
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
+        # Ray's workers are as nice as this process, and not more.
+        "RAY_worker_niceness": "0",
         "AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port()),
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -70,7 +77,7 @@ def cluster(bucket):
     assert not ray.is_initialized()
 
 
-@pytest.fixture(params=["disk", "s3"])
+@pytest.fixture
 def place(request, bucket, tmp_path):
     return str(tmp_path / "shards") if request.param == "disk" else f"{bucket}/{uuid.uuid4().hex}"
 
@@ -86,7 +93,7 @@ class Squares:
     """or ``after`` its result was written, or ``always``"""
     refuses: int | None = None
 
-    def open(self):
+    def open(self, threads):
         write = Shards.attempt
 
         def attempt(shards, source, table):
@@ -139,10 +146,8 @@ def commits(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("place", "when"), [("disk", "after"), ("s3", "before")], indirect=["place"])
 def test_a_killed_workers_shards_are_done_again_and_written_once(cluster, place, tmp_path, commits, when):
-    if when == "after" and place.startswith("s3"):
-        pytest.skip("as on a disk")
     shards = Shards(place)
     work = Squares(str(tmp_path), dies_at=6, when=when)
     results = list(cluster.map(work, tables(), shards))
@@ -175,8 +180,8 @@ def test_what_a_worker_raises_comes_here_and_the_rest_is_kept(cluster, tmp_path)
 
 
 def test_a_shard_that_kills_every_worker_ends_the_run(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(machines, "_RETRIES", 1)
-    with pytest.raises(RunError, match=r"run\.shard_rows"):
+    monkeypatch.setattr(machines, "_DEATHS", 1)
+    with pytest.raises(RunError, match=r"1 workers died at shard .* run\.shard_rows"):
         list(cluster.map(Squares(str(tmp_path), dies_at=0, when="always"), tables(2), Shards(str(tmp_path / "s"))))
 
 
@@ -187,7 +192,7 @@ class Payer:
     notes: str
     ledger: object
 
-    def open(self):
+    def open(self, threads):
         bill = Path(self.notes) / "bill"
 
         def ask(key):
@@ -240,6 +245,39 @@ def test_workers_together_stay_within_the_budget_and_another_run_goes_on(cluster
     assert sqlite3.connect(path).execute("SELECT COUNT(*) FROM answers").fetchone() == (12,)
 
 
+CHAT = """
+name: asked
+task: chat
+teacher: {model: "openai:m", base_url: "URL", max_tokens: 8, price: PRICE, tokenizer: "hf:t"}
+student: {model: "hf:s"}
+data: {train: conversations.jsonl}
+run: {on: ray, workers: 2, threads: 1, shard_rows: 3}
+"""
+PRICE = "{input_usd_per_million_tokens: 1.0, output_usd_per_million_tokens: 2.0}"
+
+
+def test_a_teacher_behind_an_api_is_asked_by_all_workers_and_paid_once(cluster, tmp_path):
+    def script(number, body, path):
+        asked = body["messages"][-1]["content"]
+        return chat(f"answer to {asked}")
+
+    requests = [ChatRequest((Message("user", f"question {n % 15}"),), 8) for n in range(20)]
+    with ScriptedServer(script) as server:
+        (tmp_path / "attar.yaml").write_text(CHAT.replace("URL", server.url).replace("PRICE", PRICE))
+        recipe = load_recipe(tmp_path / "attar.yaml")
+        for _ in range(2):
+            drawn = []
+            with spread_chat(recipe) as engine:
+                assert "text" in engine.capabilities
+                outcomes = dict(engine.chat(drawn.append(r) or r for r in requests))
+            assert len(drawn) == 20
+            assert [outcomes[n].message.content for n in range(20)] == [
+                f"answer to question {n % 15}" for n in range(20)
+            ]
+        assert len(server.requests) == 15
+    assert Ledger(recipe.folder / "ledger.sqlite").spend().calls == 15
+
+
 RECIPE = """
 name: tiny-chat
 task: chat
@@ -253,28 +291,21 @@ run: {device: cpu, threads: 1, shard_rows: 5}
 """
 
 
-class Mortal(workers.TokenWork):
-    """The same, but one worker dies at its second shard."""
+class Here:
+    """A cluster of one worker, which is this process."""
 
-    died: str = ""
+    workers = 1
 
-    def open(self):
-        work, calls = super().open(), []
-
-        def once(table):
-            calls.append(table.num_rows)
-            if len(calls) == 2 and not os.path.exists(self.died):
-                Path(self.died).touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-            return work(table)
-
-        return once
+    def map(self, work, tables, shards):
+        function = work.open(1)
+        for table in tables:
+            mark = shards.attempt(shards.put(table), function(table))
+            shards.commit(mark)
+            yield shards.read(mark)
 
 
-@pytest.mark.parametrize("signals", ["{kind: sampled}", "{kind: hidden}"])
-def test_signals_are_those_of_one_process(cluster, place, tmp_path, tiny_teacher, monkeypatch, commits, signals):
-    if "hidden" in signals and place.startswith("s3"):
-        pytest.skip("as on a disk")
+@pytest.mark.parametrize("signals", ["{kind: sampled}", "{kind: top_k, entries: 8}", "{kind: hidden}"])
+def test_signals_by_way_of_shards_are_those_of_one_process(tmp_path, tiny_teacher, monkeypatch, signals):
     words = "turn off the lamp please play wake me at seven".split()
     rows = [
         {
@@ -283,21 +314,27 @@ def test_signals_are_those_of_one_process(cluster, place, tmp_path, tiny_teacher
                 {"role": "assistant", "content": f"{words[n % 9]} {n}"},
             ]
         }
-        for n in range(40)
+        for n in range(30)
     ]
     (tmp_path / "conversations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "attar.yaml").write_text(RECIPE.replace("TEACHER", str(tiny_teacher)).replace("SIGNALS", signals))
     one = pipeline.run(load_recipe(tmp_path / "attar.yaml", ["run.folder=one"]), until="score")
-    monkeypatch.setattr(Mortal, "died", str(tmp_path / "died"))
-    monkeypatch.setattr(workers, "TokenWork", Mortal)
-    changes = ["run.folder=many", "run.on=ray", "run.workers=2", f"run.shards={place}"]
+    places = []
+
+    @contextmanager
+    def start_here(where):
+        places.append((where.workers, where.shards))
+        yield Here()
+
+    monkeypatch.setattr(workers, "start_cluster", start_here)
+    shared = str(tmp_path / "shared")
+    changes = ["run.folder=many", "run.on=ray", "run.workers=2", f"run.shards={shared}"]
     many = pipeline.run(load_recipe(tmp_path / "attar.yaml", changes), until="score")
-    assert (tmp_path / "died").exists()
-    assert sorted(commits) == sorted(set(commits))
+    assert places == [(2, shared)]
     files = sorted(path.name for path in (one / "signals/tokens").iterdir())
-    assert sum(name.endswith(".json") for name in files) >= 8
+    assert sum(name.endswith(".json") for name in files) >= 6
     assert files == sorted(path.name for path in (many / "signals/tokens").iterdir())
     for name in files:
         assert (one / "signals/tokens" / name).read_bytes() == (many / "signals/tokens" / name).read_bytes(), name
     # What was on its way is gone.
-    assert Shards(place)._sizes() == {}
+    assert [path for path in Path(shared).rglob("*") if path.is_file()] == []

@@ -38,9 +38,21 @@ def recipe_for(server, folder, **teacher):
     )
 
 
+_opened = []
+
+
+@pytest.fixture(autouse=True)
+def _engines_are_closed():
+    yield
+    while _opened:
+        _opened.pop().close()
+
+
 def engine_for(server, vocabulary=400, **teacher):
     settings = {"concurrency": 4, **teacher}
-    return load_served(ChatTeacher(model="openai:teacher", base_url=server.url, **settings), vocabulary)
+    engine = load_served(ChatTeacher(model="openai:teacher", base_url=server.url, **settings), vocabulary)
+    _opened.append(engine)
+    return engine
 
 
 @pytest.fixture(scope="module")

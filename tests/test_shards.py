@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from attar.cluster.shards import Shards, stage_shards
-from attar.errors import RecipeError, WorkspaceError
+from attar.errors import RecipeError, RunError, WorkspaceError
 from attar.recipe import load_recipe
 from attar.signals.tables import examples_of, examples_table, records_of, records_table
 from attar.tokens import TokenizedExample
@@ -78,6 +78,17 @@ def test_damaged_bytes_are_named(shards):
     shards._write(f"{source}.parquet", b"something else")
     with pytest.raises(WorkspaceError, match=f"{source}.parquet is damaged"):
         shards.take(source)
+
+
+def test_workers_that_died_at_a_table_are_counted(shards):
+    source = shards.put(table(1))
+    shards.end(shards.begin(source, 2))
+    assert names(shards) == [f"{source}.parquet"]
+    assert shards.begin(source, 2) != shards.begin(source, 2)
+    with pytest.raises(RunError, match=r"2 workers died at shard .* set run\.shard_rows"):
+        shards.begin(source, 2)
+    assert shards.sweep([]) == 2
+    shards.begin(source, 1)
 
 
 def test_workers_are_asked_to_stop_and_to_go_on(shards):

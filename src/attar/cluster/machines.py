@@ -23,11 +23,11 @@ from attar.recipe.base import RunPart
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Cluster", "Work", "start_cluster"]
+__all__ = ["Cluster", "Work", "first_line", "start_cluster", "told"]
 
-# Times that a worker is started again and that a shard is given out again, before the run fails: a shard that is too
-# much for any worker would go round for ever.
-_RETRIES = 3
+_LOG = logging.getLogger("attar")
+# Workers that may die at one shard: one that is too much for any of them would go round for ever.
+_DEATHS = 3
 # What Ray Data shows on a terminal is the caller's business, and a shard may take as long as it needs.
 _SETTINGS = {"enable_progress_bars": False, "print_on_execution_start": False, "execution_no_progress_timeout_s": -1}
 # Of a cluster of our own, read when Ray is imported. The second has it take 127.0.0.1 for its address, as it does on
@@ -43,8 +43,11 @@ _OBJECT_STORE_BYTES = 100 * 2**20
 class Work(Protocol):
     """What is done with shards. It is pickled and sent to every worker, so it holds settings, not models."""
 
-    def open(self) -> Callable[[pa.Table], pa.Table]:
+    def open(self, threads: int) -> Callable[[pa.Table], pa.Table]:
         """Load what the work needs, an engine; called once in each worker.
+
+        Args:
+            threads: of the CPU, for this worker.
 
         Returns:
             What makes a table of a table. It depends on the table alone, so that it does not matter which worker gets
@@ -108,11 +111,10 @@ class Cluster:
             setattr(context, name, value)
         pipeline = data.from_items([{"source": source} for source in todo], override_num_blocks=len(todo)).map(
             _Worker,
-            fn_constructor_args=(work, shards.url, self.cpus),
+            fn_constructor_args=(work, shards.url, self.cpus, _DEATHS),
             compute=data.ActorPoolStrategy(size=min(self.workers, len(todo)), max_tasks_in_flight_per_actor=2),
             num_cpus=self.cpus,
             num_gpus=self.gpus,
-            ray_remote_args_fn=lambda: {"max_restarts": _RETRIES, "max_task_retries": _RETRIES},
         )
         # Batches are blocks here, and blocks are rows: nothing is held back.
         batches = pipeline.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
@@ -128,15 +130,14 @@ class Cluster:
         try:
             for row in rows:
                 if row["error"] and first is None:
-                    first = _error(row["error"], row["message"])
+                    first = told(row["error"], row["message"])
                     shards.stop()
                 elif row["file"]:
                     yield Mark(**{name: row[name] for name in Mark.__dataclass_fields__})
         except require("ray.exceptions", "ray").RayError as error:
             raise RunError(
-                f"the workers of run.on: ray failed ({_first_line(error)}). What they had done is kept, and the same "
-                f"command goes on from there. If a worker died {_RETRIES + 1} times at one shard, it may lack memory: "
-                "set run.shard_rows or run.workers to less"
+                f"the workers of run.on: ray failed ({first_line(error)}); what they had done is kept, and the same "
+                "command goes on from there"
             ) from error
         if first is not None:
             raise first
@@ -145,34 +146,31 @@ class Cluster:
 class _Worker:
     """One engine, in an actor of Ray's."""
 
-    def __init__(self, work: Work, url: str, cpus: int) -> None:
-        self._work, self._url, self._cpus = work, url, cpus
-        self._ready: tuple[Shards, Callable[[pa.Table], pa.Table]] | None = None
+    def __init__(self, work: Work, url: str, cpus: int, deaths: int) -> None:
+        self._work, self._url, self._cpus, self._deaths = work, url, cpus, deaths
+        self._shards: Shards | None = None
+        self._function: Callable[[pa.Table], pa.Table] | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """An attempt at a source; what it raises on purpose is told, for Ray to pass on as it is."""
         nothing = {**asdict(Mark("", "", 0, "", 0)), "error": "", "message": ""}
         try:
             # Here and not in the constructor, whose exceptions Ray takes for a death.
-            if self._ready is None:
-                shards = Shards(self._url)
-                if shards.stopped():
-                    return nothing
-                _set_threads(self._cpus)
-                self._ready = shards, self._work.open()
-            shards, function = self._ready
+            shards = self._shards = self._shards or Shards(self._url)
             if shards.stopped():
                 return nothing
             source = str(row["source"])
-            return nothing | asdict(shards.attempt(source, function(shards.take(source))))
+            note = shards.begin(source, self._deaths)
+            if self._function is None:
+                self._function = self._work.open(self._cpus)
+            made = asdict(shards.attempt(source, self._function(shards.take(source))))
+            shards.end(note)
+            return nothing | made
         except AttarError as error:
             return {**nothing, "error": type(error).__name__, "message": str(error)}
-
-
-def _set_threads(cpus: int) -> None:
-    import torch
-
-    torch.set_num_threads(cpus)
+        except Exception as error:
+            _LOG.exception("a worker failed")
+            return {**nothing, "error": "RunError", "message": f"a worker failed: {type(error).__name__}: {error}"}
 
 
 def _next(made: Iterator[Mark], wanted: str) -> Mark:
@@ -182,13 +180,15 @@ def _next(made: Iterator[Mark], wanted: str) -> Mark:
     return mark
 
 
-def _error(name: str, message: str) -> AttarError:
+def told(name: str, message: str) -> AttarError:
+    """The exception that a worker raised, of its class's name and its message."""
     kind = getattr(errors, name, RunError)
     made: AttarError = kind(message)
     return made
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an exception of Ray's says before it shows the worker's stack."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -224,7 +224,7 @@ def _connect(ray: Any, where: RunPart, stack: ExitStack) -> None:
             ray.init(address=where.address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise RunError(
-                f"run.address: no Ray cluster answers at {where.address} ({_first_line(error)}); start one with `ray "
+                f"run.address: no Ray cluster answers at {where.address} ({first_line(error)}); start one with `ray "
                 "start --head` on a machine and `ray start --address HOST:PORT` on the others, and run this on one of "
                 "them; or set run.address: local"
             ) from error

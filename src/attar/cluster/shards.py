@@ -5,6 +5,7 @@
     <source>.parquet             a table to work on; <source> is the hash of these bytes
     <source>.<attempt>.parquet   what one attempt made of it
     <source>.json                the mark: which attempt counts, its size and its hash
+    <source>.<number>.begun      a worker is at it, or died of it
 
 Object stores cannot rename, and a worker that was given up may still be writing. So every attempt has a name of its
 own, nothing is moved or written over, and an attempt counts once its mark is written: by the one process that hands the
@@ -24,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attar.errors import AttarError, MissingExtra, RecipeError, WorkspaceError, require
+from attar.errors import AttarError, MissingExtra, RecipeError, RunError, WorkspaceError, require
 from attar.recipe.base import Recipe
 from attar.workspace import canonical, digest, write_atomic
 
@@ -95,6 +96,26 @@ class Shards:
             raise self._damaged(f"{source}.parquet")
         return _from_bytes(content)
 
+    def begin(self, source: str, most: int) -> str:
+        """Note that a worker begins with a table; returns the note, for :meth:`end`.
+
+        Raises:
+            RunError: so many workers have begun with it already, and none has ended.
+        """
+        for number in range(1, most + 1):
+            note = f"{source}.{number}.begun"
+            if not self._exists(note):
+                self._write(note, b"\n")
+                return note
+        raise RunError(
+            f"{most} workers died at shard {source}, one after another; if they lacked memory, set run.shard_rows or "
+            "run.workers to less. What others had done is kept, and the same command goes on from there"
+        )
+
+    def end(self, note: str) -> None:
+        """Take back what :meth:`begin` noted: the worker has not died."""
+        self._delete(note)
+
     def attempt(self, source: str, table: pa.Table) -> Mark:
         """Write what was made of a table, under a name that no other attempt has. It does not count yet."""
         content = _to_bytes(table)
@@ -115,7 +136,10 @@ class Shards:
         """
         sizes = self._sizes()
         names = [name for name in sizes if name.endswith(".json")]
-        marks = (_parse(self._read(name)) for name in names)
+        # All at once, which object stores take far less time for.
+        with self._errors("read"):
+            contents = self._fs.cat([self._path(name) for name in names]) if names else {}
+        marks = map(_parse, contents.values())
         return {mark.source: mark for mark in marks if mark is not None and sizes.get(mark.file) == mark.size}
 
     def read(self, mark: Mark) -> pa.Table:
@@ -130,9 +154,9 @@ class Shards:
         return _from_bytes(content)
 
     def sweep(self, marks: Collection[Mark]) -> int:
-        """Delete attempts that do not count; returns how many there were. No worker may be at work."""
+        """Delete attempts that do not count, and notes; returns how many there were. No worker may be at work."""
         kept = {mark.file for mark in marks}
-        left = [name for name in self._sizes() if name.count(".") == 2 and name not in kept]
+        left = [name for name in self._sizes() if name.count(".") >= 2 and name not in kept]
         for name in left:
             self._delete(name)
         return len(left)
@@ -143,18 +167,21 @@ class Shards:
 
     def resume(self) -> None:
         """Take :meth:`stop` back."""
-        if self.stopped():
-            self._delete(_STOP)
+        self._delete(_STOP)
 
     def stopped(self) -> bool:
         """Whether the workers are asked to begin nothing new."""
-        self._fs.invalidate_cache()
-        return bool(self._fs.exists(self._path(_STOP)))
+        return self._exists(_STOP)
 
     def remove(self) -> None:
         """Delete the folder, all that is in it included."""
         with self._errors("deleted"), suppress(FileNotFoundError):
             self._fs.rm(self._root, recursive=True)
+
+    def _exists(self, name: str) -> bool:
+        with self._errors("read"):
+            self._fs.invalidate_cache()
+            return bool(self._fs.exists(self._path(name)))
 
     def _path(self, name: str) -> str:
         return posixpath.join(self._root, name)

@@ -95,14 +95,22 @@ def load_teacher(recipe: Recipe, *, fresh: bool = False, ledger: Accounts | None
     scheme = recipe.teacher.model.partition(":")[0]
     if scheme in _OPENERS:
         return _OPENERS[scheme](recipe, fresh, ledger)
+    if scheme == "vllm":
+        raise ModelError(
+            f"teacher.model: {recipe.teacher.model} scores no words of labels; name the same folder as hf:FOLDER"
+        )
     made = _users_own(recipe)
     if not isinstance(made, Engine):
         raise ModelError(f"teacher.model: {recipe.teacher.model} is no engine; it needs {_members(Engine)}")
     return made
 
 
-def load_chat_teacher(recipe: Recipe) -> ChatEngine:
+def load_chat_teacher(recipe: Recipe, *, ledger: Accounts | None = None) -> ChatEngine:
     """Load the recipe's teacher to continue conversations: behind an API, in this process, or the user's own class.
+
+    Args:
+        recipe: names it.
+        ledger: the run's, where another process owns it; None to open the file.
 
     Raises:
         ModelError: there is no such model or class, or it continues no conversations.
@@ -111,7 +119,11 @@ def load_chat_teacher(recipe: Recipe) -> ChatEngine:
     if scheme in _PROVIDERS:
         from attar.engines.api import load_api
 
-        return load_api(recipe)
+        return load_api(recipe, ledger=ledger)
+    if scheme == "vllm":
+        from attar.engines.vllm import load_vllm
+
+        return load_vllm(recipe.teacher.model, dtype=recipe.teacher.dtype)
     if scheme == "gguf":
         from attar.engines.gguf_chat import load_gguf_chat
 
@@ -154,12 +166,13 @@ def teacher_files(recipe: Recipe) -> Path:
     scheme, _, rest = recipe.teacher.model.partition(":")
     if scheme in _PROVIDERS:
         raise ModelError(f"teacher.model: {recipe.teacher.model} is behind an API and has no files here")
-    if scheme in _OPENERS:
+    if scheme in (*_OPENERS, "vllm"):
         path = Path(rest).expanduser()
         if path.exists():
             return path
         raise ModelError(
-            f"teacher.model: {rest} is no file or folder here; download the model first and name its folder, hf:FOLDER"
+            f"teacher.model: {rest} is no file or folder here; download the model first and name its folder, "
+            f"{scheme}:FOLDER"
         )
     load_teacher(recipe)
     return Path(str(sys.modules[scheme].__file__))

@@ -58,12 +58,12 @@ class _Row:
 
 
 def load_local(model: str, *, dtype: str = "auto", device: torch.device, tokens_per_batch: int = 512) -> LocalEngine:
-    """Load ``hf:FOLDER-or-NAME`` or ``hf:FILE.gguf``.
+    """Load ``hf:FOLDER-or-NAME`` or ``hf:FILE.gguf``; the weights of ``vllm:FOLDER`` are those of ``hf:FOLDER``.
 
     Raises:
         ModelError: there is no causal language model at that place.
     """
-    name = model.removeprefix("hf:")
+    name = model.removeprefix("vllm:").removeprefix("hf:")
     path = Path(name).expanduser()
     if name.endswith(".gguf"):
         if not path.is_file():

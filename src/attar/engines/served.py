@@ -28,7 +28,7 @@ from attar.engines.servers import Server, Trouble, status_trouble
 from attar.errors import AttarError, CapabilityError, ModelError, RunError, Stopped, require
 from attar.recipe.base import TeacherModel
 
-__all__ = ["DEFAULT_ENTRIES", "VLLM", "PromptLimits", "PromptTop", "ServedTeacher", "load_served"]
+__all__ = ["DEFAULT_ENTRIES", "VLLM", "PromptLimits", "PromptTop", "ServedTeacher", "load_served", "read_prompt_top"]
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -189,7 +189,7 @@ class ServedTeacher:
                 f"{self.name} refuses a prompt of {len(ids)} tokens with {entries} entries at a position ({error})"
                 + (cure if "logprobs" in str(error) else "")
             ) from error
-        return self._read(list(ids), places, min(entries, self.vocabulary), body)
+        return read_prompt_top(self.name, self.vocabulary, list(ids), places, min(entries, self.vocabulary), body)
 
     def write(self, ids: Sequence[int], max_tokens: int, *, measured: bool = False) -> Written:
         """Continue token ids greedily.
@@ -319,61 +319,80 @@ class ServedTeacher:
             cause = error.__cause__ or error
             raise Trouble("connection", f"{type(cause).__name__}: {cause}", "retry") from error
 
-    def _read(self, ids: list[int], places: Sequence[int], entries: int, body: Mapping[str, Any]) -> PromptTop:
-        choice = (body.get("choices") or [{}])[0]
-        rows = choice.get("prompt_logprobs")
-        if rows is None:
-            raise CapabilityError(
-                f"{self.name} answers without prompt_logprobs: it gives no log-probabilities of tokens that it is "
-                "given ('prompt_top_logprobs'); serve the teacher with vLLM"
-            )
-        read = (body.get("usage") or {}).get("prompt_tokens", len(ids))
-        if len(rows) != len(ids) or read != len(ids):
-            raise ModelError(
-                f"{self.name} was given {len(ids)} token ids and read {read}, with log-probabilities of {len(rows)}: "
-                "something on the way changes the prompt; ask vLLM itself"
-            )
-        theirs = choice.get("prompt_token_ids")
-        for place in range(1, len(ids)):
-            if str(ids[place]) not in rows[place] or (theirs is not None and theirs[place] != ids[place]):
-                seen = theirs[place] if theirs is not None else next(iter(rows[place]), None)
-                raise ModelError(
-                    f"{self.name} was given token {ids[place]} at position {place} and read {seen}: it does not read "
-                    "the ids that it is given; ask vLLM itself"
-                )
-        found_ids = np.full((len(places), entries), -1, dtype=np.int64)
-        found = np.full((len(places), entries), -np.inf)
-        own = np.empty(len(places))
-        words: dict[int, str] = {}
-        for number, place in enumerate(places):
-            row = {int(token): entry for token, entry in rows[place].items()}
-            words |= {token: str(entry.get("decoded_token") or "") for token, entry in row.items()}
-            own[number] = _log(row[ids[place]]["logprob"])
-            best = sorted(row.items(), key=lambda item: item[1]["rank"])[:entries]
-            values = np.array([_log(entry["logprob"]) for _, entry in best])
-            self._check_row(place, values, entries)
-            foreign = np.array([token >= self.vocabulary for token, _ in best])
-            lost = float(np.exp(values[foreign]).sum())
-            if lost > _FOREIGN:
-                raise ModelError(
-                    f"{self.name} gives {lost:.2%} to ids that the tokenizer does not have ({self.vocabulary} and "
-                    f"more) at position {place}; name the tokenizer of this model in teacher.tokenizer"
-                )
-            found_ids[number] = np.where(foreign, -1, [token for token, _ in best])
-            found[number] = np.where(foreign, -np.inf, values - np.log1p(-lost))
-        return PromptTop(found_ids, found, own, words)
 
-    def _check_row(self, place: int, values: npt.NDArray[np.float64], entries: int) -> None:
-        if len(values) < entries:
-            raise RunError(f"{self.name} gives {len(values)} entries at position {place}, {entries} were asked for")
-        mass = float(np.exp(values).sum())
-        ordered = bool((np.diff(values[np.isfinite(values)]) <= 0).all())
-        if not ordered or not mass <= 1 + _EXCESS:
-            raise RunError(
-                f"{self.name} gives no log-probabilities at position {place}: in order of rank they "
-                + ("rise" if not ordered else f"sum to {mass:.4g}, at most 1 wanted")
-                + "; start vLLM with --logprobs-mode raw_logprobs"
+def read_prompt_top(
+    name: str, vocabulary: int, ids: list[int], places: Sequence[int], entries: int, body: Mapping[str, Any]
+) -> PromptTop:
+    """What vLLM's answer says of some positions of a prompt, checked.
+
+    Args:
+        name: of the model, for errors.
+        vocabulary: size of the tokenizer's, padding rows not counted.
+        ids: the prompt.
+        places: positions.
+        entries: wanted at each.
+        body: what the server sent.
+
+    Raises:
+        CapabilityError: it holds no log-probabilities.
+        ModelError: they are of other tokens.
+        RunError: they are none, or not as many as wanted.
+    """
+    choice = (body.get("choices") or [{}])[0]
+    rows = choice.get("prompt_logprobs")
+    if rows is None:
+        raise CapabilityError(
+            f"{name} answers without prompt_logprobs: it gives no log-probabilities of tokens that it is "
+            "given ('prompt_top_logprobs'); serve the teacher with vLLM"
+        )
+    read = (body.get("usage") or {}).get("prompt_tokens", len(ids))
+    if len(rows) != len(ids) or read != len(ids):
+        raise ModelError(
+            f"{name} was given {len(ids)} token ids and read {read}, with log-probabilities of {len(rows)}: "
+            "something on the way changes the prompt; ask vLLM itself"
+        )
+    theirs = choice.get("prompt_token_ids")
+    for place in range(1, len(ids)):
+        if str(ids[place]) not in rows[place] or (theirs is not None and theirs[place] != ids[place]):
+            seen = theirs[place] if theirs is not None else next(iter(rows[place]), None)
+            raise ModelError(
+                f"{name} was given token {ids[place]} at position {place} and read {seen}: it does not read "
+                "the ids that it is given; ask vLLM itself"
             )
+    found_ids = np.full((len(places), entries), -1, dtype=np.int64)
+    found = np.full((len(places), entries), -np.inf)
+    own = np.empty(len(places))
+    words: dict[int, str] = {}
+    for number, place in enumerate(places):
+        row = {int(token): entry for token, entry in rows[place].items()}
+        words |= {token: str(entry.get("decoded_token") or "") for token, entry in row.items()}
+        own[number] = _log(row[ids[place]]["logprob"])
+        best = sorted(row.items(), key=lambda item: item[1]["rank"])[:entries]
+        values = np.array([_log(entry["logprob"]) for _, entry in best])
+        _check_row(name, place, values, entries)
+        foreign = np.array([token >= vocabulary for token, _ in best])
+        lost = float(np.exp(values[foreign]).sum())
+        if lost > _FOREIGN:
+            raise ModelError(
+                f"{name} gives {lost:.2%} to ids that the tokenizer does not have ({vocabulary} and "
+                f"more) at position {place}; name the tokenizer of this model in teacher.tokenizer"
+            )
+        found_ids[number] = np.where(foreign, -1, [token for token, _ in best])
+        found[number] = np.where(foreign, -np.inf, values - np.log1p(-lost))
+    return PromptTop(found_ids, found, own, words)
+
+
+def _check_row(name: str, place: int, values: npt.NDArray[np.float64], entries: int) -> None:
+    if len(values) < entries:
+        raise RunError(f"{name} gives {len(values)} entries at position {place}, {entries} were asked for")
+    mass = float(np.exp(values).sum())
+    ordered = bool((np.diff(values[np.isfinite(values)]) <= 0).all())
+    if not ordered or not mass <= 1 + _EXCESS:
+        raise RunError(
+            f"{name} gives no log-probabilities at position {place}: in order of rank they "
+            + ("rise" if not ordered else f"sum to {mass:.4g}, at most 1 wanted")
+            + "; start vLLM with --logprobs-mode raw_logprobs"
+        )
 
 
 class _BadRequest(AttarError):

@@ -33,8 +33,8 @@ class TeacherModel(Part):
     """The expensive model."""
 
     model: str
-    """`hf:FOLDER`, `hf:FILE.gguf`, `gguf:FILE`, `openai:NAME`, `anthropic:NAME`, or a class of the user's,
-    `package.module:Class`"""
+    """`hf:FOLDER`, `hf:FILE.gguf`, `gguf:FILE`, `vllm:FOLDER`, `openai:NAME`, `anthropic:NAME`, or a class of the
+    user's, `package.module:Class`"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     licence: str | None = None
     terms: Literal["acknowledged"] | None = None

@@ -17,12 +17,12 @@ from attar.engines.served import load_served
 from attar.errors import RecipeError
 from attar.progress import track
 from attar.recipe import ChatRecipe
-from attar.signals.language import SignalKind, SignalReader, ask_in_batches, keep_head
+from attar.signals.language import SignalKind, SignalReader, keep_head
 from attar.signals.packing import Packed
 from attar.signals.parity import check_parity, describe
 from attar.signals.served import ask_served, check_lengths, refuse_recipe, refuse_unfit, vocabulary_size
 from attar.signals.store import SignalStore
-from attar.signals.workers import ask_about_tokens
+from attar.signals.workers import ask_about_tokens, load_asker
 from attar.tokens import TokenizedExample, encode_conversations, template_fingerprint
 from attar.workspace import Run
 
@@ -54,7 +54,11 @@ def _teacher_of(recipe: ChatRecipe, run: Run) -> dict[str, Any]:
     teacher = recipe.teacher
     if served(recipe):
         return {"teacher": {"model": teacher.model, "base_url": teacher.base_url}}
-    return {"teacher": run.fingerprint_path(teacher_files(recipe)), "dtype": teacher.dtype}
+    return {
+        "teacher": run.fingerprint_path(teacher_files(recipe)),
+        "dtype": teacher.dtype,
+        **({"engine": "vllm"} if teacher.model.startswith("vllm:") else {}),
+    }
 
 
 def _open_store(recipe: ChatRecipe, run: Run, tokenizer: Any, kind: SignalKind) -> SignalStore:
@@ -124,9 +128,10 @@ def score(recipe: ChatRecipe, run: Run) -> dict[str, Any]:
         return _score_served(recipe, run, kind)
     if recipe.distill.signals.source == "live":
         return {"examples": 0, "tokens": 0, "bytes": 0}
+    in_vllm = recipe.teacher.model.startswith("vllm:")
     engine = None
     # Of hidden states the head is kept as well, and it is kept here.
-    if recipe.run.on == "here" or kind.kind == "hidden":
+    if not in_vllm and (recipe.run.on == "here" or kind.kind == "hidden"):
         engine = load_local(recipe.teacher.model, dtype=recipe.teacher.dtype, device=resolve_device(recipe.run.device))
     tokenizer = engine.tokenizer if engine is not None else teacher_tokenizer(recipe)
     store = _open_store(recipe, run, tokenizer, kind)
@@ -142,9 +147,9 @@ def score(recipe: ChatRecipe, run: Run) -> dict[str, Any]:
         if shards is not None:
             yield from ask_about_tokens(recipe, kind, parts, shards)
             return
-        assert engine is not None
+        ask = load_asker(recipe, kind, engine)
         for part in parts:
-            yield from ask_in_batches(engine.model, tokenizer, part, kind, recipe.teacher.tokens_per_batch)
+            yield from ask(part)
 
     with torch.no_grad():
         _store_all(run, store, examples, rows, asked)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from attar.engines.served import PromptTop, ServedTeacher
+from attar.engines.vllm import VllmTeacher
 from attar.errors import CapabilityError, RecipeError
 from attar.recipe import ChatRecipe
 from attar.signals.language import SignalKind
@@ -18,6 +19,7 @@ from attar.tokens import TokenizedExample
 
 __all__ = [
     "ask_served",
+    "ask_vllm",
     "check_lengths",
     "refuse_recipe",
     "refuse_unfit",
@@ -55,7 +57,7 @@ def refuse_recipe(recipe: ChatRecipe) -> None:
         )
 
 
-def refuse_unfit(recipe: ChatRecipe, engine: ServedTeacher, kind: SignalKind) -> None:
+def refuse_unfit(recipe: ChatRecipe, engine: ServedTeacher | VllmTeacher, kind: SignalKind) -> None:
     """Refuse signals that the teacher's server does not give.
 
     Raises:
@@ -87,7 +89,7 @@ def refuse_unfit(recipe: ChatRecipe, engine: ServedTeacher, kind: SignalKind) ->
     engine.prompt_top([0, 0], [1], kind.entries)
 
 
-def check_lengths(engine: ServedTeacher, examples: Sequence[TokenizedExample]) -> None:
+def check_lengths(engine: ServedTeacher | VllmTeacher, examples: Sequence[TokenizedExample]) -> None:
     """Refuse examples that the server has no room for.
 
     Raises:
@@ -121,6 +123,15 @@ def ask_served(engine: ServedTeacher, examples: Iterable[TokenizedExample], kind
         return pack_top_k(top_k_of(found, engine.vocabulary, kind.at_least), engine.vocabulary)
 
     return engine.each(one, examples)
+
+
+def ask_vllm(engine: VllmTeacher, examples: Sequence[TokenizedExample], kind: SignalKind) -> list[Packed]:
+    """The same of a model in vLLM in this process."""
+    asked = [(example.ids.tolist(), supervised_places(example)) for example in examples]
+    return [
+        pack_top_k(top_k_of(found, engine.vocabulary, kind.at_least), engine.vocabulary)
+        for found in engine.prompt_tops(asked, kind.entries)
+    ]
 
 
 def top_k_of(found: PromptTop, vocabulary: int, at_least: float = 0.0) -> TopK:

@@ -8,29 +8,59 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import torch
 
 from attar.cluster.machines import start_cluster
 from attar.cluster.shards import Shards
 from attar.engines.api import ledger_path
 from attar.engines.leases import LeasedLedger, lease_ledger, own_share
 from attar.engines.load import load_teacher, served, teacher_files
-from attar.engines.local import load_local, resolve_device
+from attar.engines.local import LocalEngine, load_local, resolve_device
+from attar.engines.vllm import load_vllm
 from attar.recipe import ChatRecipe, ClassifyRecipe
 from attar.signals.labels import LabelQuestion
 from attar.signals.language import SignalKind, ask_in_batches
 from attar.signals.packing import Packed
+from attar.signals.served import ask_vllm, check_lengths, refuse_unfit
 from attar.signals.tables import examples_of, examples_table, records_of, records_table, requests_table
 from attar.tokens import TokenizedExample
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Made", "TokenWork", "WordWork", "ask_about_tokens", "ask_about_words"]
+__all__ = ["Made", "TokenWork", "WordWork", "ask_about_tokens", "ask_about_words", "load_asker"]
 
 AnyRecipe = TypeVar("AnyRecipe", ChatRecipe, ClassifyRecipe)
 
 Made = tuple[list[str], list[dict[str, np.ndarray[Any, Any]]], int]
 """Ids, their records, and the prompt tokens that were read for them"""
+
+
+def load_asker(
+    recipe: ChatRecipe, kind: SignalKind, engine: LocalEngine | None = None
+) -> Callable[[Sequence[TokenizedExample]], list[Packed]]:
+    """The teacher, ready to be asked: examples -> their records.
+
+    Args:
+        recipe: names it.
+        kind: what is kept.
+        engine: the teacher, where it is loaded already.
+
+    Raises:
+        CapabilityError: vLLM does not give what is to be kept, or the recipe wants.
+    """
+    teacher = recipe.teacher
+    if teacher.model.startswith("vllm:"):
+        vllm = load_vllm(teacher.model, dtype=teacher.dtype)
+        refuse_unfit(recipe, vllm, kind)
+
+        def ask(examples: Sequence[TokenizedExample]) -> list[Packed]:
+            check_lengths(vllm, examples)
+            return ask_vllm(vllm, examples, kind)
+
+        return ask
+    local = engine or load_local(teacher.model, dtype=teacher.dtype, device=resolve_device(recipe.run.device))
+    return lambda examples: ask_in_batches(local.model, local.tokenizer, examples, kind, teacher.tokens_per_batch)
 
 
 @dataclass(frozen=True)
@@ -40,15 +70,14 @@ class TokenWork:
     recipe: ChatRecipe
     kind: SignalKind
 
-    def open(self) -> Callable[[pa.Table], pa.Table]:
+    def open(self, threads: int) -> Callable[[pa.Table], pa.Table]:
         """Load the teacher; returns examples -> records."""
-        teacher = self.recipe.teacher
-        engine = load_local(teacher.model, dtype=teacher.dtype, device=resolve_device(self.recipe.run.device))
+        torch.set_num_threads(threads)
+        ask = load_asker(self.recipe, self.kind)
 
         def work(table: pa.Table) -> pa.Table:
             examples = examples_of(table)
-            records = ask_in_batches(engine.model, engine.tokenizer, examples, self.kind, teacher.tokens_per_batch)
-            return records_table([example.id for example in examples], records, sum(map(len, examples)))
+            return records_table([example.id for example in examples], ask(examples), sum(map(len, examples)))
 
         return work
 
@@ -61,9 +90,11 @@ class WordWork:
     ledger: LeasedLedger | None = None
     """of a teacher behind an API"""
 
-    def open(self) -> Callable[[pa.Table], pa.Table]:
+    def open(self, threads: int) -> Callable[[pa.Table], pa.Table]:
         """Load the teacher; returns requests -> records of their words' scores."""
-        engine = load_teacher(self.recipe, ledger=self.ledger)
+        torch.set_num_threads(threads)
+        run = self.recipe.run.model_copy(update={"threads": threads})
+        engine = load_teacher(self.recipe.model_copy(update={"run": run}), ledger=self.ledger)
         question = LabelQuestion(self.recipe)
 
         def work(table: pa.Table) -> pa.Table:
@@ -112,7 +143,8 @@ def ask_about_words(
 
 def _sent(recipe: AnyRecipe) -> AnyRecipe:
     """The recipe for workers, who may stand in another folder."""
-    if not recipe.teacher.model.startswith("hf:"):
+    scheme = recipe.teacher.model.partition(":")[0]
+    if scheme not in ("hf", "vllm", "gguf"):
         return recipe
-    model = f"hf:{teacher_files(recipe).resolve()}"
+    model = f"{scheme}:{teacher_files(recipe).resolve()}"
     return recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"model": model})})

@@ -59,7 +59,7 @@ def load_teacher_model(recipe: ChatRecipe) -> tuple[Any, Any]:
         CapabilityError: the teacher is no model in this process, so nothing but its text can be had.
         ModelError: there is no such model.
     """
-    if not recipe.teacher.model.startswith("hf:"):
+    if not recipe.teacher.model.startswith(("hf:", "vllm:")):
         raise CapabilityError(
             f"teacher.model: {recipe.teacher.model} shows neither probabilities nor inner states; logit and feature "
             "objectives, and students cut from it, need hf:FOLDER"

@@ -1,0 +1,94 @@
+"""A chat engine in each worker of a Ray cluster, as one engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import islice
+
+from attar.cluster.crew import Crew, hire
+from attar.cluster.machines import start_cluster
+from attar.engines.api import ledger_path
+from attar.engines.base import Answer, Capability, ChatRequest, Failure
+from attar.engines.leases import LeasedLedger, lease_ledger, own_share
+from attar.engines.load import load_chat_teacher, served
+from attar.recipe import Recipe
+
+__all__ = ["ChatWork", "SpreadChat", "spread_chat"]
+
+# Requests that are sent to a worker together, unless run.shard_rows says another number.
+BLOCK = 16
+
+Block = tuple[ChatRequest, ...]
+
+
+@dataclass(frozen=True)
+class ChatWork:
+    """The recipe's teacher in a worker. Called with its CPU threads, it gives what answers a block of requests."""
+
+    recipe: Recipe
+    ledger: LeasedLedger | None = None
+    """of a teacher behind an API"""
+
+    def __call__(self, threads: int) -> Callable[[Block | None], list[Answer | Failure] | frozenset[Capability]]:
+        """Load the teacher; returns requests -> outcomes in their order, and None -> what it can give."""
+        run = self.recipe.run.model_copy(update={"threads": threads})
+        engine = load_chat_teacher(self.recipe.model_copy(update={"run": run}), ledger=self.ledger)
+
+        def answer(block: Block | None) -> list[Answer | Failure] | frozenset[Capability]:
+            if block is None:
+                return engine.capabilities
+            outcomes = dict(engine.chat(block))
+            return [outcomes[number] for number in range(len(block))]
+
+        return answer
+
+
+class SpreadChat:
+    """Sends requests to the workers in blocks; see :class:`attar.engines.base.ChatEngine`.
+
+    Args:
+        crew: whose work is a :class:`ChatWork`.
+        rows: requests of a block: what a worker that dies has to ask again at most, but for what a ledger holds.
+    """
+
+    def __init__(self, crew: Crew, rows: int = BLOCK) -> None:
+        self._crew, self._rows = crew, rows
+        self._capabilities: frozenset[Capability] | None = None
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """What the engine in a worker can give."""
+        if self._capabilities is None:
+            [(_, self._capabilities)] = self._crew.run([None])
+        return self._capabilities
+
+    def chat(self, requests: Iterable[ChatRequest]) -> Iterator[tuple[int, Answer | Failure]]:
+        """Answer requests, many at a time; those of a block are handed on together."""
+        source = iter(requests)
+        blocks = iter(lambda: tuple(islice(source, self._rows)), ())
+        for number, outcomes in self._crew.run(blocks):
+            yield from enumerate(outcomes, start=number * self._rows)
+
+
+@contextmanager
+def spread_chat(recipe: Recipe) -> Iterator[SpreadChat]:
+    """The recipe's teacher in each worker of its cluster, for as long as the block lasts.
+
+    A teacher behind an API is paid from the run's ledger, which this process's side owns; all workers together have
+    ``teacher.concurrency`` requests in flight.
+
+    Raises:
+        MissingExtra: Ray is not installed.
+        RecipeError: batch mode is asked for.
+        RunError: there is no cluster, or it has too little for the workers.
+    """
+    with ExitStack() as stack:
+        cluster = stack.enter_context(start_cluster(recipe.run))
+        work = ChatWork(recipe)
+        if served(recipe):
+            teacher = own_share(recipe.teacher, cluster.workers)
+            ledger = stack.enter_context(lease_ledger(ledger_path(recipe), recipe.budget.usd))
+            work = ChatWork(recipe.model_copy(update={"teacher": teacher}), ledger)
+        yield SpreadChat(stack.enter_context(hire(cluster, work)), recipe.run.shard_rows or BLOCK)
