@@ -307,6 +307,23 @@ def test_otel_events_of_spans_and_in_logs(tmp_path):
     assert result.joined == {"merged": 1}
 
 
+def test_log_records_that_wait_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr("attar.collect.importers.otel._WAITING", 2)
+
+    def export(span, name, body):
+        record = {"traceId": "t", "spanId": span, "eventName": name, "body": {"kvlistValue": {"values": body}}}
+        return {"resourceLogs": [{"scopeLogs": [{"logRecords": [record]}]}]}
+
+    asked = [{"key": "content", "value": {"stringValue": "?"}}]
+    answer = [{"key": "message", "value": {"stringValue": json.dumps({"content": "!"})}}]
+    rows = [export(str(i), "gen_ai.user.message", asked) for i in range(3)]
+    rows += [export(str(i), "gen_ai.choice", answer) for i in range(3)]
+    got, result, listed = imported(tmp_path, write(tmp_path / "x.jsonl", rows))
+    assert len(got) == 1  # the later two are one question and one answer
+    assert result.joined == {"repeated": 1}
+    assert [(item.number, item.reason) for item in listed] == [(3, "no answer"), (4, "no contents")]
+
+
 def test_a_printed_span(tmp_path):
     asked = [{"role": "user", "parts": [{"type": "text", "content": "2 + 2?"}]}]
     answer = [{"role": "assistant", "parts": [{"type": "text", "content": "4"}]}]

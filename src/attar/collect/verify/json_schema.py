@@ -26,14 +26,14 @@ def json_schema(part: recipe.JsonSchema) -> Verifier:
     Raises:
         RecipeError: the recipe's schema is none.
     """
-    fixed = None
+    fixed: Any = None
     if part.fits is not None:
         fixed = _validator(part.fits)
         if isinstance(fixed, str):
             raise RecipeError(f"collect.generate.verify: fits is no JSON schema ({fixed})")
 
     def verify(conversation: Conversation, row: Mapping[str, Any]) -> Verdict:
-        validator = fixed
+        validator: Any = fixed
         if part.key is not None:
             schema = wanted(row, part.key)
             if schema is None:
