@@ -484,3 +484,37 @@ def test_the_output_is_whole_or_not_there(tmp_path):
     with pytest.raises(UsageError, match="exists"):
         import_files([FIXTURES / "openai.jsonl"], out)
     assert out.read_text() == "mine"
+
+
+def run_cli(monkeypatch, capsys, *arguments):
+    from attar.cli import main
+
+    monkeypatch.setattr("sys.argv", ["attar", "import", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr()
+    return ended.value.code, said.out, said.err
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run_cli(monkeypatch, capsys, FIXTURES / "exchanges.jsonl", "--explain")
+    assert code == 0
+    assert out.splitlines()[0] == "exchanges.jsonl line 2: failed call: status is 429"
+    assert "raw/exchanges.jsonl: 3 conversations from 5 rows" in out
+    assert "  1 calls are further turns of a conversation" in out
+    assert "  1 skipped: failed call" in out
+    code, _, err = run_cli(monkeypatch, capsys, FIXTURES / "exchanges.jsonl")
+    assert (code, err) == (2, "attar: --out: raw/exchanges.jsonl exists; name another file, or delete it first\n")
+    trl = ("--out", "b.jsonl", "--format", "trl", "--json", "--explain", "--no-merge")
+    code, out, _ = run_cli(monkeypatch, capsys, FIXTURES / "trl.jsonl", *trl)
+    told = json.loads(out)
+    assert (code, told["out"], told["conversations"], told["skipped"]) == (0, "b.jsonl", 5, {"undesired": 1})
+    assert told["skipped_rows"] == [
+        {
+            "file": "trl.jsonl",
+            "number": 5,
+            "reason": "undesired",
+            "detail": "the row's label says that its completion is not wanted",
+        }
+    ]
