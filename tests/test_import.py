@@ -307,6 +307,23 @@ def test_otel_events_of_spans_and_in_logs(tmp_path):
     assert result.joined == {"merged": 1}
 
 
+def test_log_records_that_wait_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr("attar.collect.importers.otel._WAITING", 2)
+
+    def export(span, name, body):
+        record = {"traceId": "t", "spanId": span, "eventName": name, "body": {"kvlistValue": {"values": body}}}
+        return {"resourceLogs": [{"scopeLogs": [{"logRecords": [record]}]}]}
+
+    asked = [{"key": "content", "value": {"stringValue": "?"}}]
+    answer = [{"key": "message", "value": {"stringValue": json.dumps({"content": "!"})}}]
+    rows = [export(str(i), "gen_ai.user.message", asked) for i in range(3)]
+    rows += [export(str(i), "gen_ai.choice", answer) for i in range(3)]
+    got, result, listed = imported(tmp_path, write(tmp_path / "x.jsonl", rows))
+    assert len(got) == 1  # the later two are one question and one answer
+    assert result.joined == {"repeated": 1}
+    assert [(item.number, item.reason) for item in listed] == [(3, "no answer"), (4, "no contents")]
+
+
 def test_a_printed_span(tmp_path):
     asked = [{"role": "user", "parts": [{"type": "text", "content": "2 + 2?"}]}]
     answer = [{"role": "assistant", "parts": [{"type": "text", "content": "4"}]}]
@@ -467,3 +484,37 @@ def test_the_output_is_whole_or_not_there(tmp_path):
     with pytest.raises(UsageError, match="exists"):
         import_files([FIXTURES / "openai.jsonl"], out)
     assert out.read_text() == "mine"
+
+
+def run_cli(monkeypatch, capsys, *arguments):
+    from attar.cli import main
+
+    monkeypatch.setattr("sys.argv", ["attar", "import", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr()
+    return ended.value.code, said.out, said.err
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run_cli(monkeypatch, capsys, FIXTURES / "exchanges.jsonl", "--explain")
+    assert code == 0
+    assert out.splitlines()[0] == "exchanges.jsonl line 2: failed call: status is 429"
+    assert "raw/exchanges.jsonl: 3 conversations from 5 rows" in out
+    assert "  1 calls are further turns of a conversation" in out
+    assert "  1 skipped: failed call" in out
+    code, _, err = run_cli(monkeypatch, capsys, FIXTURES / "exchanges.jsonl")
+    assert (code, err) == (2, "attar: --out: raw/exchanges.jsonl exists; name another file, or delete it first\n")
+    trl = ("--out", "b.jsonl", "--format", "trl", "--json", "--explain", "--no-merge")
+    code, out, _ = run_cli(monkeypatch, capsys, FIXTURES / "trl.jsonl", *trl)
+    told = json.loads(out)
+    assert (code, told["out"], told["conversations"], told["skipped"]) == (0, "b.jsonl", 5, {"undesired": 1})
+    assert told["skipped_rows"] == [
+        {
+            "file": "trl.jsonl",
+            "number": 5,
+            "reason": "undesired",
+            "detail": "the row's label says that its completion is not wanted",
+        }
+    ]

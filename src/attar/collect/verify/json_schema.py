@@ -33,7 +33,7 @@ def json_schema(part: recipe.JsonSchema) -> Verifier:
             raise RecipeError(f"collect.generate.verify: fits is no JSON schema ({fixed})")
 
     def verify(conversation: Conversation, row: Mapping[str, Any]) -> Verdict:
-        validator = fixed
+        validator: Any = fixed
         if part.key is not None:
             schema = wanted(row, part.key)
             if schema is None:
