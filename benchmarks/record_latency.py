@@ -23,6 +23,8 @@ import time
 import urllib.request
 from pathlib import Path
 
+import psutil
+
 DELAY_S, EVENTS, GAP_S = 0.02, 16, 0.002
 LIMITS = {"added_p50_ms": 3.0, "added_p99_ms": 10.0}
 SETTLING_S = 0.5
@@ -189,6 +191,7 @@ def main() -> None:
         command += ["--upstream", f"http://127.0.0.1:{upstream_port}", "--folder", folder]
         recorder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         port = int(recorder.stderr.readline().split("http://127.0.0.1:")[2].split("/")[0])
+        started = psutil.Process(recorder.pid).cpu_times()
         pipe, other = context.Pipe()
         client = context.Process(target=run_client, args=(other,), daemon=True)
         client.start()
@@ -207,6 +210,7 @@ def main() -> None:
                 print(f"pair {pair}, {side}: {len(found)} calls, {shown}", file=sys.stderr, flush=True)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/attar/health") as response:
             health = json.load(response)
+        times = psutil.Process(recorder.pid).cpu_times()
         recorder.send_signal(signal.SIGINT)
         result = json.loads(recorder.communicate(timeout=90)[0])
         size = sum(path.stat().st_size for path in Path(folder).glob("*.jsonl"))
@@ -221,6 +225,8 @@ def main() -> None:
         )
         for share in (0.5, 0.99)
     }
+    spent = (times.user + times.system - started.user - started.system) / asked * 1000
+    print(f"the recorder's own CPU time: {spent:.2f} ms a call, writing included", file=sys.stderr)
     print(f"waiting at the end: {health['waiting_bytes']} bytes; {size / asked:.0f} bytes a row", file=sys.stderr)
     for key, limit in LIMITS.items():
         print(f"{key}: {added[key]} ({'within' if added[key] <= limit else 'OVER'} {limit})", file=sys.stderr)

@@ -16,6 +16,9 @@ from attar.data.secrets import KINDS, Found, Rule, find, literals, matches, reda
 
 __all__ = ["Redactor", "pseudonym"]
 
+# Short texts without anything to find: a call says its keys, roles and names again and again.
+_REMEMBERED = 10_000
+
 
 class Redactor:
     """Takes out what its rules find.
@@ -28,6 +31,7 @@ class Redactor:
     def __init__(self, rules: Iterable[str], patterns: Mapping[str, str]) -> None:
         own = [Rule(name, matches(re.compile(pattern))) for name, pattern in patterns.items()]
         self._rules = [*own, *(Rule(name, KINDS[name]) for name in rules)]
+        self._clean: set[str] = set()
 
     def knowing(self, secrets: Iterable[str]) -> Redactor:
         """One that takes out these very strings as well: the credentials of the call that is being written."""
@@ -35,12 +39,20 @@ class Redactor:
         if not literal:
             return self
         other = Redactor((), {})
+        # Of this call alone, so that its memory is another.
         other._rules = [Rule("key", literals(literal)), *self._rules]
         return other
 
     def find(self, text: str) -> list[Found]:
         """What the rules find, in order; where two overlap, the earlier rule has it."""
-        return find(text, self._rules)
+        if text in self._clean:
+            return []
+        found = find(text, self._rules)
+        if not found and len(text) < 64:
+            self._clean.add(text)
+            if len(self._clean) > _REMEMBERED:
+                self._clean.clear()
+        return found
 
     def text(self, text: str, counts: Counter[str]) -> str:
         """The text without what was found, which is counted by rule."""

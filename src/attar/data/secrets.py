@@ -65,6 +65,8 @@ _KEYS = {
         r"(?:-----END [A-Z ]{0,32}PRIVATE KEY-----)?",
     }.items()
 }
+# No key of these has fewer characters.
+_SHORTEST = 15
 # What a pattern finds in a text longer than a window may have at most this many characters.
 _WINDOW, _LONGEST = 1 << 17, 1 << 14
 
@@ -96,8 +98,8 @@ def _emails(text: str) -> Iterator[Span]:
 
 
 def _keys(text: str) -> Iterator[Span]:
-    for mark, pattern in _KEYS.items():
-        for at in _marks(mark, text):
+    for mark, pattern in _KEYS.items() if len(text) >= _SHORTEST else ():
+        for at in _marks(mark, text) if mark in text else ():
             if (match := pattern.match(text, at)) is not None:
                 yield match.span()
     for at in _marks("://", text):
