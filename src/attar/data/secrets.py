@@ -97,6 +97,8 @@ def _emails(text: str) -> Iterator[Span]:
 
 def _keys(text: str) -> Iterator[Span]:
     for mark, pattern in _KEYS.items():
+        if mark not in text:
+            continue
         for at in _marks(mark, text):
             if (match := pattern.match(text, at)) is not None:
                 yield match.span()
