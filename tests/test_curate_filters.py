@@ -55,6 +55,15 @@ def test_tool_calls(tmp_path, row, reason, detail):
         assert reasons(folder) == {}
 
 
+def test_a_schema_elsewhere_is_not_fetched(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: asked.append(a))
+    row = calling("w", "{}", [tool("w", **{"$ref": "http://127.0.0.1:9/x"})])
+    _, folder = curated(chat(tmp_path, [*talks(10), row]))
+    assert reasons(folder) == {"bad tools": [11]}
+    assert asked == []
+
+
 def test_a_file_with_arguments_in_the_wrong_form_is_not_the_models_fault(tmp_path):
     with pytest.raises(Exception, match=r"line 11: .*arguments is 5"):
         curated(chat(tmp_path, [*talks(10), calling("weather", 5, [WEATHER])]))
@@ -341,6 +350,10 @@ def test_what_is_held_out_of_train_is_told_by_nothing_in_it(tmp_path):
     assert counts["dropped"]["leak (train)"] >= 10
     details = {drop["detail"].split(" train.jsonl")[0] for drop in rows_of(folder / "dropped.jsonl")}
     assert details == {"the same prompt as", "shares 13 words in a row with"}
+    counts, folder = curated(chat(tmp_path, rows, test_size=10, val_size=2, decontaminate={"ngram": None}))
+    held = {row["messages"][0]["content"] for row in rows_of(folder / "test.jsonl")}
+    assert held.isdisjoint(row["messages"][0]["content"] for row in rows_of(folder / "train.jsonl"))
+    assert counts["train"] + counts["val"] + counts["test"] + counts["dropped"]["leak (train)"] == len(rows)
 
 
 def test_short_requests_leak_by_their_words_alone(tmp_path):

@@ -130,7 +130,7 @@ def _first_pass(
     base, file = 0, 0
     with (
         table.spool.open("w", encoding="utf-8") as spool,
-        track(progress, f"read {key}", max(size // UNIT, 1)) as step,
+        track(progress, f"read {key}", -(-size // UNIT)) as step,
     ):
         pending: list[Any] = []
 
