@@ -125,8 +125,8 @@ class ApiEngine:
                 result = flow.results.get()
                 if isinstance(result, BaseException):
                     raise result
-                inside -= 1
-                yield result
+                inside -= len(result)
+                yield from result
         finally:
             flow.stop()
 

@@ -95,7 +95,9 @@ class Flow:
     ) -> None:
         self._connect, self._read, self._cost = connect, read, cost
         self._limits, self._ledger = limits, ledger
-        self.results: queue.SimpleQueue[tuple[int, Answer | Failure] | BaseException] = queue.SimpleQueue()
+        self.results: queue.SimpleQueue[list[tuple[int, Answer | Failure]] | BaseException] = queue.SimpleQueue()
+        """what became of jobs, by number, or what ended the flow"""
+        self._handed: list[tuple[int, Answer | Failure]] = []
         self._waiting: deque[Job] = deque()
         self._idle = True
         self._endings: list[tuple[Ending | None, Job, Answer | Failure | None]] = []
@@ -147,6 +149,7 @@ class Flow:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
             self._commit([])
+            self._hand_on()
         finally:
             await self._connection.close()
 
@@ -169,7 +172,14 @@ class Flow:
         except BaseException as error:
             self._end(error)
 
+    def _hand_on(self) -> None:
+        """Give the caller what has ended, in one piece: each waking of its thread takes time from this one."""
+        if self._handed:
+            self.results.put(self._handed)
+            self._handed = []
+
     def _end(self, error: BaseException) -> None:
+        self._hand_on()
         self.results.put(error)
         self._cancel()
 
@@ -178,7 +188,7 @@ class Flow:
         refused: list[Job] = []
         for job, outcome in zip(wanted, self._commit(wanted), strict=True):
             if isinstance(outcome, Stored):
-                self.results.put((job.index, from_json(outcome.outcome)))
+                self._handed.append((job.index, from_json(outcome.outcome)))
             elif isinstance(outcome, Claim):
                 job.claim = outcome
                 self._start(job)
@@ -189,6 +199,7 @@ class Flow:
                 self._over = outcome.message
                 refused.append(job)
         self._waiting.extendleft(reversed(refused))
+        self._hand_on()
         if not self._tasks and self._error is not None:
             self._end(self._error)
         elif not self._tasks and self._over is not None:
@@ -236,7 +247,7 @@ class Flow:
         for _, job, outcome in endings:
             self._over = None
             if outcome is not None:
-                self.results.put((job.index, outcome))
+                self._handed.append((job.index, outcome))
         return claims
 
     def _start(self, job: Job) -> None:
