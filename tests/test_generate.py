@@ -312,7 +312,7 @@ def test_a_judge_scores_blindly_and_what_it_cannot_say_is_counted(folder):
     scores = {
         "0": "Bad.\nScore: 2",
         "2": "I give it a 5.",
-        "4": "Score: 5\nScore: 1",
+        "4": "Score: 5\nOn second thoughts:\nScore: 5",
         "6": "Score: 9",
         "8": made("thinking\nScore: 5", "length"),
         "10": Failure("content_filter", "no", final=True, usd=0.0),

@@ -53,10 +53,13 @@ TEXTS = ["turn off", "good morning to you and you and you", "play", "buy milk an
 
 
 def test_greedy_answers_are_those_of_one_request_at_a_time(engine):
-    batched = answers(engine, [request(text, temperature=0.0) for text in TEXTS], tokens_per_batch=4096)
-    for number, text in enumerate(TEXTS):
+    # Rows end at different times, the first of them before the others.
+    lengths = [2, 9, 5, 7]
+    requests = [request(text, n, temperature=0.0) for text, n in zip(TEXTS, lengths, strict=True)]
+    batched = answers(engine, requests, tokens_per_batch=4096)
+    for number, (text, n) in enumerate(zip(TEXTS, lengths, strict=True)):
         ids = encode_request(engine.tokenizer, [Message("user", text)])
-        written = engine.write(ids, 8)
+        written = engine.write(ids, n)
         answer = batched[number]
         own = [i for i in written.ids if i not in (engine.tokenizer.eos_token_id,)]
         assert answer.message.content == engine.tokenizer.decode(own, skip_special_tokens=True)

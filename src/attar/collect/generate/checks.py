@@ -7,17 +7,11 @@ import re
 from attar.collect.generate.tasks import Task
 from attar.engines.base import Answer
 from attar.engines.calls import CALL
+from attar.recipe.curate import REFUSALS
 
 __all__ = ["problem"]
 
-# How refusals of English-speaking models begin.
-_REFUSAL = re.compile(
-    r"(?:i['’]?m (?:very |really |so )?sorry|i apologi[sz]e|unfortunately"
-    r"|as an ai(?: language)?(?: model| assistant)?)?"
-    r"[,.]? ?(?:but )?i (?:can(?:['’]?t|not)|won['’]?t|am (?:unable|not able) to|must decline to) "
-    r"(?:help|assist|comply|provide|fulfil|do that|answer|continue|engage|discuss|support)\b",
-    re.IGNORECASE,
-)
+_REFUSALS = [re.compile(pattern, re.IGNORECASE) for pattern in REFUSALS]
 
 
 def problem(answer: Answer, task: Task, *, refusals: bool) -> tuple[str, str] | None:
@@ -43,6 +37,6 @@ def problem(answer: Answer, task: Task, *, refusals: bool) -> tuple[str, str] | 
         return "empty", "no text and no call"
     if task.no_answer is not None and task.no_answer.casefold() in text.casefold():
         return "not in the passage", text[:200]
-    if refusals and (found := _REFUSAL.match(text)):
+    if refusals and (found := next(filter(None, (pattern.match(text) for pattern in _REFUSALS)), None)):
         return "refusal", f"it begins {found.group()!r}"
     return None

@@ -6,16 +6,11 @@ Two texts are near duplicates where their ROUGE-L (the F-measure of their longes
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 
+from attar.collect.rows import words
+
 __all__ = ["Unlike", "rouge_l"]
-
-_WORD = re.compile(r"\w+")
-
-
-def _words(text: str) -> list[str]:
-    return _WORD.findall(text.casefold())
 
 
 def rouge_l(one: list[str], other: list[str]) -> float:
@@ -51,29 +46,29 @@ class Unlike:
 
     def add(self, text: str) -> str | None:
         """Take a text in; an earlier one that it is a near duplicate of, where there is one, which keeps it out."""
-        words = _words(text)
-        if not words:
+        said = words(text)
+        if not said:
             if self._wordless is not None:
                 return self._wordless
             self._wordless = text
             return None
-        marks = list(_numbered(words))
+        marks = list(_numbered(said))
         shared = Counter(holder for mark in marks for holder in self._holders.get(mark, ()))
         for holder, count in shared.most_common():
             earlier, theirs = self._texts[holder]
-            enough = self._similarity * (len(words) + len(theirs)) / 2
-            if count >= enough and rouge_l(theirs, words) >= self._similarity:
+            most = 2 * count / (len(said) + len(theirs))
+            if most >= self._similarity and rouge_l(theirs, said) >= self._similarity:
                 return earlier
         for mark in marks:
             self._holders[mark].append(len(self._texts))
-        self._texts.append((text, words))
+        self._texts.append((text, said))
         return None
 
 
-def _numbered(words: list[str]) -> list[tuple[str, int]]:
+def _numbered(said: list[str]) -> list[tuple[str, int]]:
     seen: Counter[str] = Counter()
     marks = []
-    for word in words:
+    for word in said:
         seen[word] += 1
         marks.append((word, seen[word]))
     return marks
