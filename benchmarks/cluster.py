@@ -6,9 +6,9 @@ A teacher scores conversations of examples/language-model three times: in this p
 by a folder; by two workers whose shards go by an S3 server on this machine (moto's). In both of the latter the first
 worker that begins with its second shard is sent SIGKILL. Without --teacher a small model with random weights is made.
 
-The last line is JSON: `order_equal` (ids in the same order), `bytes_equal` (all files of the signals), `most_steps` (the
-largest difference of a stored code, in quantisation steps), `written_twice` (shards with more than one result that
-counts), `killed` (workers), `seconds` of each run, the start of the cluster included.
+The last line is JSON: `order_equal` (ids in the same order), `bytes_equal` (all files of the signals), `most_steps`
+(the largest difference of a stored code, in quantisation steps), `shards`, `written_twice` (shards with more than one
+result that counts), `killed` (workers), `seconds` of each run, the start of the cluster included.
 """
 
 import argparse
