@@ -13,6 +13,7 @@ result that counts), `killed` (workers), `seconds` of each run, the start of the
 
 import argparse
 import json
+import logging
 import os
 import signal
 import sys
@@ -94,6 +95,7 @@ def s3_server():
 
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     os.environ |= {
         "AWS_ACCESS_KEY_ID": "testing",
         "AWS_SECRET_ACCESS_KEY": "testing",
