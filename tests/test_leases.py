@@ -1,11 +1,14 @@
 """The owner of a ledger and those who lease of it: what two workers may spend, what is left of one that fell silent."""
 
+import pickle
+import queue
+import sys
 from types import SimpleNamespace
 
 import pytest
 
 from attar.engines import leases
-from attar.engines.leases import Owner, own_share
+from attar.engines.leases import LeasedLedger, Owner, own_share
 from attar.engines.ledger import Claim, Ending, Ledger, Over, Stored, Taken
 from attar.errors import RecipeError
 from attar.recipe.base import TeacherModel
@@ -88,3 +91,22 @@ def test_workers_share_the_requests_in_flight_and_no_batch():
     assert [own_share(teacher, n).concurrency for n in (1, 3, 20)] == [10, 3, 1]
     with pytest.raises(RecipeError, match=r"run\.on: here"):
         own_share(TeacherModel(model="openai:m", batch=True, max_tokens=4), 2)
+
+
+def test_a_worker_says_that_it_lives_from_its_first_request_until_it_is_closed(monkeypatch, tmp_path):
+    said = queue.Queue()
+
+    class Handle:
+        def __init__(self, function):
+            self.remote = function
+
+    remote = SimpleNamespace(
+        renew=Handle(said.put), commit=Handle(lambda holder, endings, wanted, batch: [holder] * len(wanted))
+    )
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get=lambda reference: reference))
+    ledger = LeasedLedger(remote, tmp_path / "ledger.sqlite", None, lease_s=0.04)
+    other = pickle.loads(pickle.dumps(LeasedLedger(None, ledger.path, 1.0)))
+    assert (other.path, other.budget_usd) == (ledger.path, 1.0)
+    [holder] = ledger.commit([], [("k", 0.1)])
+    assert said.get(timeout=60) == said.get(timeout=60) == holder
+    ledger.close()
