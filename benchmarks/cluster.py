@@ -7,12 +7,13 @@ by a folder; by two workers whose shards go by an S3 server on this machine (mot
 worker that begins with its second shard is sent SIGKILL. Without --teacher a small model with random weights is made.
 
 The last line is JSON: `order_equal` (ids in the same order), `bytes_equal` (all files of the signals), `most_steps`
-(the largest difference of a stored code, in quantisation steps), `written_twice` (shards with more than one result that
-counts), `killed` (workers), `seconds` of each run, the start of the cluster included.
+(the largest difference of a stored code, in quantisation steps), `shards`, `written_twice` (shards with more than one
+result that counts), `killed` (workers), `seconds` of each run, the start of the cluster included.
 """
 
 import argparse
 import json
+import logging
 import os
 import signal
 import sys
@@ -94,6 +95,7 @@ def s3_server():
 
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     os.environ |= {
         "AWS_ACCESS_KEY_ID": "testing",
         "AWS_SECRET_ACCESS_KEY": "testing",

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import sqlite3
 import sys
 import uuid
 from collections import Counter
@@ -23,7 +22,7 @@ from attar.engines.base import ChatRequest
 from attar.engines.leases import lease_ledger
 from attar.engines.ledger import Claim, Ending, Ledger, Over, Stored, Taken
 from attar.engines.spread import spread_chat
-from attar.errors import BudgetExceeded, RunError
+from attar.errors import BudgetExceeded
 from attar.recipe import load_recipe
 from attar.recipe.base import RunPart
 from attar.signals import workers
@@ -94,15 +93,15 @@ class Squares:
     refuses: int | None = None
 
     def open(self, threads):
-        write = Shards.attempt
+        if self.when == "after":
+            write = Shards.attempt
 
-        def attempt(shards, source, table):
-            mark = write(shards, source, table)
-            if self.when == "after":
+            def attempt(shards, source, table):
+                mark = write(shards, source, table)
                 self.die(table["id"].to_pylist())
-            return mark
+                return mark
 
-        Shards.attempt = attempt
+            Shards.attempt = attempt
 
         def work(table):
             numbers = table["value"].to_pylist()
@@ -179,10 +178,28 @@ def test_what_a_worker_raises_comes_here_and_the_rest_is_kept(cluster, tmp_path)
     assert sum((did(tmp_path) - first).values()) == 12 - len(kept)
 
 
-def test_a_shard_that_kills_every_worker_ends_the_run(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(machines, "_DEATHS", 1)
-    with pytest.raises(RunError, match=r"1 workers died at shard .* run\.shard_rows"):
-        list(cluster.map(Squares(str(tmp_path), dies_at=0, when="always"), tables(2), Shards(str(tmp_path / "s"))))
+def test_a_shard_that_killed_worker_after_worker_is_not_begun_again(tmp_path):
+    shards = Shards(str(tmp_path / "shards"))
+    source = shards.put(tables(1)[0])
+    member = machines._Worker(Squares(str(tmp_path)), shards.url, 1, deaths=2)
+    assert member({"source": source})["error"] == ""
+    for _ in range(2):
+        shards.begin(source, 2)
+    told = member({"source": source})
+    assert told["error"] == "RunError"
+    assert "2 workers died at shard" in told["message"]
+    assert did(tmp_path)[0] == 1
+    shards.stop()
+    assert member({"source": source}) == {**told, "error": "", "message": ""}
+
+
+def test_what_goes_wrong_in_a_worker_is_told(tmp_path):
+    shards = Shards(str(tmp_path / "shards"))
+    member = machines._Worker(Squares(str(tmp_path / "nowhere")), shards.url, 1, deaths=2)
+    told = member({"source": shards.put(tables(1)[0])})
+    assert told["error"] == "RunError"
+    assert told["message"].startswith("a worker failed: FileNotFoundError: ")
+    assert isinstance(machines.told("BudgetExceeded", "x"), BudgetExceeded)
 
 
 @dataclass(frozen=True)
@@ -229,20 +246,6 @@ def test_nothing_is_paid_twice_but_what_a_killed_worker_had_in_flight(cluster, t
     assert len(bill) == 17
     spend = Ledger(path).spend()
     assert (spend.calls, spend.usd, spend.reserved_usd, spend.lost_usd) == (18, pytest.approx(0.18), 0, 0.02)
-
-
-def test_workers_together_stay_within_the_budget_and_another_run_goes_on(cluster, tmp_path):
-    path, shards = tmp_path / "ledger.sqlite", Shards(str(tmp_path / "s"))
-    (tmp_path / "died").touch()
-    with lease_ledger(path, 0.1, lease_s=1.0) as ledger, pytest.raises(BudgetExceeded, match=r"budget\.usd is 0\.1"):
-        list(cluster.map(Payer(str(tmp_path), ledger), tables(12, 2), shards))
-    spend = Ledger(path).spend()
-    assert 0.0 < spend.usd <= 0.1
-    with lease_ledger(path, 1.0, lease_s=1.0) as ledger:
-        results = list(cluster.map(Payer(str(tmp_path), ledger), tables(12, 2), shards))
-    assert len(results) == 12
-    assert set(Counter((tmp_path / "bill").read_text().split()).values()) == {1}
-    assert sqlite3.connect(path).execute("SELECT COUNT(*) FROM answers").fetchone() == (12,)
 
 
 CHAT = """
