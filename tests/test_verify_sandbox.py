@@ -64,6 +64,7 @@ def test_results_written_by_the_answer_do_not_help():
         os._exit(0)
     """
     assert not check(forged, ADD).ok
+    assert not check(forged, "assert add(2, 3) == 5").ok
 
 
 PROGRAM = [{"stdin": "2 3\n", "stdout": "5"}, {"stdin": "1 -1\n", "stdout": "0\n"}]
@@ -105,6 +106,8 @@ def test_numbers_and_nested_values_are_compared_as_json():
     assert check(answer, [{"call": "f", "returns": {"a": [1, 0.3], "2": None}}]).ok
     assert not check(answer, [{"call": "f", "returns": {"a": [1, 0.3]}}]).ok
     assert not check(answer, [{"call": "f", "returns": {"a": [1, 0.31], "2": None}}]).ok
+    assert not check("def f(): return True", [{"call": "f", "returns": 1}]).ok
+    assert check("def f(): return True", [{"call": "f", "returns": True}]).ok
 
 
 def test_rows_without_tests():
