@@ -28,7 +28,7 @@ KEY = "sk-local-0123456789abcdef0123456789abcdef"
 QUESTION = [{"role": "user", "content": "Name three primary colours. My address is alice@example.com."}]
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 CITY = [{"role": "user", "content": "What is the weather in Paris? Use the tool."}]
-LENGTH = 48
+LENGTH = 24
 
 
 def run_server(path, pipe):
@@ -40,7 +40,7 @@ def run_server(path, pipe):
     parameters.n_parallel = 1
     parameters.use_jinja = True
     parameters.verbosity = -1
-    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 2
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
     server = xllamacpp.Server(parameters)
     pipe.send(server.listening_address)
     pipe.recv()
@@ -58,7 +58,7 @@ def openai_calls():
 
 def anthropic_calls():
     tool = {"name": "get_weather", "description": "The weather in a city", "input_schema": PARAMETERS}
-    common = {"model": "smollm2", "temperature": 0, "max_tokens": LENGTH}
+    common = {"model": "smollm2", "max_tokens": LENGTH, "extra_body": {"temperature": 0}}
     return {
         "text": common | {"messages": QUESTION},
         "tool": common | {"messages": CITY, "tools": [tool], "tool_choice": {"type": "any"}},
@@ -89,7 +89,7 @@ def blocks_of(message):
 
 def ask_openai(url):
     found = {}
-    with openai.OpenAI(base_url=url + "/v1", api_key=KEY, max_retries=0) as api:
+    with openai.OpenAI(base_url=url + "/v1", api_key=KEY) as api:
         for name, call in openai_calls().items():
             found[f"openai, {name}"] = chat_of(api.chat.completions.create(**call).choices[0].message)
             options = {"stream_options": {"include_usage": True}}
@@ -100,7 +100,7 @@ def ask_openai(url):
 
 async def ask_openai_async(url):
     found = {}
-    async with openai.AsyncOpenAI(base_url=url + "/v1", api_key=KEY, max_retries=0) as api:
+    async with openai.AsyncOpenAI(base_url=url + "/v1", api_key=KEY) as api:
         for name, call in openai_calls().items():
             found[f"openai async, {name}"] = chat_of((await api.chat.completions.create(**call)).choices[0].message)
             parts = [part async for part in await api.chat.completions.create(**call, stream=True)]
@@ -110,7 +110,7 @@ async def ask_openai_async(url):
 
 def ask_anthropic(url):
     found = {}
-    with anthropic.Anthropic(base_url=url, api_key=KEY, max_retries=0) as api:
+    with anthropic.Anthropic(base_url=url, api_key=KEY) as api:
         for name, call in anthropic_calls().items():
             found[f"anthropic, {name}"] = blocks_of(api.messages.create(**call))
             with api.messages.stream(**call) as stream:
@@ -120,7 +120,7 @@ def ask_anthropic(url):
 
 async def ask_anthropic_async(url):
     found = {}
-    async with anthropic.AsyncAnthropic(base_url=url, api_key=KEY, max_retries=0) as api:
+    async with anthropic.AsyncAnthropic(base_url=url, api_key=KEY) as api:
         for name, call in anthropic_calls().items():
             found[f"anthropic async, {name}"] = blocks_of(await api.messages.create(**call))
             async with api.messages.stream(**call) as stream:
@@ -168,7 +168,9 @@ def main():
     server.kill()
 
     reading = Reading()
-    rows = list(read_exchanges(folder, reading))
+    every = list(read_exchanges(folder, reading))
+    # The clients try again where llama.cpp closes a kept connection just as it is used; that is a row of its own.
+    rows = [row for row in every if row["status"] == 200]
     for (name, wanted), row in zip(through.items(), rows, strict=True):
         text, calls = answer_of(row)
         first = row["timing"]["first_token"]
@@ -184,7 +186,13 @@ def main():
         sys.exit("the key was written")
     same = sum(direct[name] == found for name, found in through.items())
     called = sum(bool(calls) for _, calls in through.values())
-    summary = {"calls": len(rows), "recorded": result["recorded"], "lost": result["lost"], "damaged": reading.damaged}
+    summary = {
+        "calls": len(rows),
+        "retries": len(every) - len(rows),
+        "recorded": result["recorded"],
+        "lost": result["lost"],
+        "damaged": reading.damaged,
+    }
     print(json.dumps(summary | {"same_as_direct": same, "with_tool_calls": called}))
 
 
