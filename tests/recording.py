@@ -18,12 +18,13 @@ from attar.recipe import Record
 class Scripted:
     """An HTTP server that says what a test tells it to, byte by byte.
 
-    ``script`` is called with (method, target, headers, body) and yields bytes to send, numbers of seconds to wait, or
-    None to cut the connection.
+    ``script`` is called with (method, target, headers, body) and yields bytes to send, numbers of seconds to wait,
+    None to cut the connection, or False to close it in good order.
     """
 
-    def __init__(self, script):
-        self.script = script
+    def __init__(self, script, tls=None):
+        self.script, self.tls = script, tls
+        self.connections = 0
         self.requests = []
         self.gone = threading.Event()
         self._loop = asyncio.new_event_loop()
@@ -32,12 +33,13 @@ class Scripted:
 
     def _run(self):
         asyncio.set_event_loop(self._loop)
-        self._server = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0))
+        self._server = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self.tls))
         self.port = self._server.sockets[0].getsockname()[1]
         self._ready.set()
         self._loop.run_forever()
 
     async def _serve(self, reader, writer):
+        self.connections += 1
         try:
             while await self._one(reader, writer):
                 pass
@@ -56,6 +58,8 @@ class Scripted:
         for step in self.script(method, target, dict(headers), body):
             if step is None:
                 writer.transport.abort()
+                return False
+            if step is False:
                 return False
             if isinstance(step, bytes):
                 writer.write(step)

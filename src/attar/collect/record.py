@@ -29,7 +29,7 @@ __all__ = ["Recorder", "make_app", "record"]
 
 _MB = 1 << 20
 # The interpreter's turns are short while traffic passes: the writing thread may hold it that long.
-_TURN_S = 0.0005
+_TURN_S = 0.0001
 
 
 class Recorder:
@@ -171,7 +171,7 @@ def record(settings: Record, folder: Path, note: Callable[[str], None]) -> dict[
         WorkspaceError: another recorder has the folder.
         MissingExtra: a part is not installed.
     """
-    for module in ("httpcore2", "starlette", "uvicorn"):
+    for module in ("httptools", "starlette", "uvicorn"):
         require(module, "record")
     token = _token(settings)
     listening = listen(settings.host, settings.port)

@@ -7,12 +7,11 @@ import json
 import re
 import time
 import urllib.parse
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from attar.errors import UsageError, require
+from attar.errors import UsageError
 from attar.proxy.calls import (
     Call,
     Headers,
@@ -26,9 +25,7 @@ from attar.proxy.calls import (
     provider_of,
     refuse,
 )
-
-if TYPE_CHECKING:
-    import httpcore2
+from attar.proxy.upstream import Upstream
 
 __all__ = ["Limits", "Proxy"]
 
@@ -42,9 +39,6 @@ _REPLACED = frozenset({b"host", b"content-length", b"expect", b"accept-encoding"
 _READABLE = (b"gzip", b"deflate", b"identity")
 _LABELS = {b"x-attar-workload": "workload", b"x-attar-episode": "episode", b"x-attar-user": "user"}
 _PREFIX = re.compile(rb"(?:/w/(?P<workload>[^/]+))?(?:/e/(?P<episode>[^/]+))?(?=/)")
-# Shorter than any server's own patience that we know of, so that a kept connection is not closed as we use it.
-_KEPT_S = 4.0
-_KEPT = 256
 
 
 @dataclass(frozen=True)
@@ -112,17 +106,8 @@ class Proxy:
     """
 
     def __init__(self, upstream: str, limits: Limits, observer: Observer | None = None) -> None:
-        require("httpcore2", "record")
-        parts = urllib.parse.urlsplit(upstream)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
-            raise UsageError(f"upstream: {upstream!r} is no address; wanted http(s)://HOST[:PORT][/PATH]")
-        self.upstream = upstream
-        self._scheme, self._host = parts.scheme.encode(), parts.hostname.encode("idna")
-        self._port, self._authority = parts.port, parts.netloc.encode("idna")
-        self._base = parts.path.rstrip("/").encode()
+        self._upstream = Upstream(upstream, connect_s=limits.connect_s, idle_s=limits.idle_s)
         self._limits, self._observer = limits, observer
-        self._timeouts = {"connect": limits.connect_s, "read": limits.idle_s, "write": limits.idle_s, "pool": None}
-        self._pool: httpcore2.AsyncConnectionPool | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -203,79 +188,50 @@ class Proxy:
 
     async def _exchange(self, call: Call, send: Send, told: _Told, watcher: asyncio.Task[None]) -> str | None:
         """Returns what cut the call short."""
-        import httpcore2 as core
-
-        answer, begun = _Answer(call, send), False
+        answer, reply = _Answer(call, send), None
         try:
-            response = await self._opened().handle_async_request(self._request(call))
-            try:
-                begun = True
-                told.response(response.status, response.headers)
-                await answer.start(response.status, response.headers)
-                async for data in response.stream:  # type: ignore[union-attr]
-                    at = time.perf_counter()
-                    await answer.part(data)
-                    told.chunk(data, at)
-            finally:
-                await response.aclose()
-        except core.TimeoutException as error:
-            slow = "connect" if isinstance(error, core.ConnectTimeout) else "answer"
-            limit = self._limits.connect_s if slow == "connect" else self._limits.idle_s
-            problem = Refused(504, "upstream_timeout", f"{self.upstream} did not {slow} within {limit:g} s")
-        except (core.NetworkError, core.ProtocolError, core.ProxyError) as error:
-            detail = " ".join(str(error).split()) or type(error).__name__
-            verb = "broke off its answer" if begun else "gave no answer"
-            problem = Refused(502, "upstream_error", f"{self.upstream} {verb}: {detail}")
+            reply = await self._upstream.ask(call.method, self._target(call), self._headers(call), call.body)
+            told.response(reply.status, reply.headers)
+            await answer.start(reply.status, reply.headers)
+            while data := await reply.read():
+                at = time.perf_counter()
+                await answer.part(data)
+                told.chunk(data, at)
+        except Refused as error:
+            problem = error
         else:
             watcher.cancel()
             await answer.finish()
             return None
+        finally:
+            if reply is not None:
+                reply.close()
         watcher.cancel()
-        if begun:
+        if reply is not None:
             await answer.cut(problem)
         else:
             await refuse(send, call.provider, problem, answer.extra)
         return str(problem)
 
-    def _request(self, call: Call) -> httpcore2.Request:
-        import httpcore2 as core
-
-        headers = [(b"host", self._authority), *_end_to_end(call.headers, _REPLACED)]
+    def _headers(self, call: Call) -> Headers:
+        headers = [(b"host", self._upstream.authority), *_end_to_end(call.headers, _REPLACED)]
         accepted = b", ".join(value for name, value in call.headers if name == b"accept-encoding")
         kept = [item for item in accepted.split(b",") if item.split(b";")[0].strip().lower() in _READABLE]
         headers.append((b"accept-encoding", b",".join(kept).strip() or b"identity"))
         if call.body or any(name in (b"content-length", b"transfer-encoding") for name, _ in call.headers):
             headers.append((b"content-length", str(len(call.body)).encode()))
-        segment = self._base[self._base.rfind(b"/") :] if self._base else b""
+        return headers
+
+    def _target(self, call: Call) -> bytes:
+        base = self._upstream.path
+        segment = base[base.rfind(b"/") :] if base else b""
         twice = segment and (call.path + b"/").startswith(segment + b"/")
-        target = self._base + (call.path[len(segment) :] if twice else call.path) or b"/"
-        if call.query:
-            target += b"?" + call.query
-        url = core.URL(scheme=self._scheme, host=self._host, port=self._port, target=target)
-        return core.Request(
-            call.method, url, headers=headers, content=call.body or None, extensions={"timeout": self._timeouts}
-        )
-
-    def _opened(self) -> httpcore2.AsyncConnectionPool:
-        if self._pool is None:
-            import httpcore2 as core
-
-            host, scheme = self._host.decode(), self._scheme.decode()
-            stated = urllib.request.getproxies()
-            via = None if urllib.request.proxy_bypass(host) else stated.get(scheme) or stated.get("all")
-            self._pool = core.AsyncConnectionPool(
-                proxy=core.Proxy(via) if via else None,
-                max_connections=None,
-                max_keepalive_connections=_KEPT,
-                keepalive_expiry=_KEPT_S,
-            )
-        return self._pool
+        target = base + (call.path[len(segment) :] if twice else call.path) or b"/"
+        return target + b"?" + call.query if call.query else target
 
     async def aclose(self) -> None:
         """Close the connections to upstream."""
-        if self._pool is not None:
-            await self._pool.aclose()
-            self._pool = None
+        self._upstream.close()
 
 
 class _Answer:
