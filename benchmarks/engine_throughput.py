@@ -136,7 +136,11 @@ def engine(url, requests, folder, watch=None):
 
 def peer(python, url, requests):
     command = [python, "-c", PEER, url, str(requests), str(IN_FLIGHT), TEXT]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=170)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    except subprocess.TimeoutExpired:
+        say("the peer did not end within 100 s")
+        return None
     if done.returncode:
         say(f"the peer failed: {done.stderr.strip().splitlines()[-1:]}")
         return None

@@ -300,7 +300,7 @@ class Flow:
         self, job: Job, outcome: Answer | Failure | None, *, usage: Usage | None = None, lost: bool = False
     ) -> None:
         """End a job's claim; a kept outcome is handed on once it is stored."""
-        kept = outcome is not None and (isinstance(outcome, Answer) or outcome.final)
+        kept = isinstance(outcome, Answer) or (outcome is not None and outcome.final)
         ending = None
         if self._ledger is not None and job.claim is not None:
             ending = Ending(
