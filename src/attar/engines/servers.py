@@ -165,7 +165,10 @@ class Connection:
         self._server = server
         self._module = require(server.protocol, "api")
         pool = require("httpx2", "api").Limits(max_connections=connections, max_keepalive_connections=connections)
-        transport = self._module.DefaultAsyncHttpxClient(limits=pool, timeout=timeout_s)
+        require("aiohttp", "api")
+        # The clients' other transport looks at every connection for every request: with 256 in flight that is most of
+        # a call's time.
+        transport = self._module.DefaultAioHttpClient(limits=pool, timeout=timeout_s)
         self._client = server.client(timeout=timeout_s, http_client=transport)
         self._path = "/chat/completions" if server.protocol == "openai" else "/v1/messages"
         self._response = require("httpx2", "api").Response
@@ -181,10 +184,8 @@ class Connection:
             response = await self._client.post(self._path, cast_to=self._response, body=body)
         except self._module.APIStatusError as error:
             raise status_trouble(self._server, error.status_code, error.body, error.response.headers) from error
-        except self._module.APITimeoutError as error:
-            raise _cut(error, "timeout") from error
         except self._module.APIConnectionError as error:
-            raise _cut(error, "connection") from error
+            raise _cut(error) from error
         return read_reply(self._server, response.content)
 
     async def close(self) -> None:
@@ -265,11 +266,19 @@ def _said(body: Any) -> tuple[str, str]:
     return " ".join(words).lower(), " ".join(message.split())[:_SHOWN]
 
 
-def _cut(error: Any, reason: str) -> Trouble:
-    """A connection that failed: whether the request had been sent decides whether it may have been billed."""
-    cause = type(error.__cause__).__name__
-    sent = cause not in ("ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol")
-    detail = f"{cause}: {error.__cause__}"
+def _cut(error: BaseException) -> Trouble:
+    """A connection that failed: whether the request had been sent decides whether it may have been billed.
+
+    What the transport met says that; the names that the layers above give it mix the two (aiohttp's
+    ``ServerDisconnectedError`` becomes httpx's ``ConnectTimeout``).
+    """
+    while error.__cause__ is not None and type(error).__module__.partition(".")[0] != "aiohttp":
+        error = error.__cause__
+    names = {kind.__name__ for kind in type(error).__mro__}
+    sent = not names & {"ClientConnectorError", "ClientConnectorCertificateError", "ConnectionTimeoutError"}
+    sent = sent and "UnsupportedProtocol" not in names and "ClientHttpProxyError" not in names
+    reason = "timeout" if "TimeoutError" in names or "TimeoutException" in names else "connection"
+    detail = f"{type(error).__name__}: {error}"
     return Trouble(reason, detail, "retry", billed="unknown" if sent else "no", slow_down=True)
 
 
