@@ -11,8 +11,9 @@ from attar.data.types import Conversation, Message
 
 __all__ = ["Episode", "Outcome", "Step", "Stopped"]
 
-Stopped = Literal["finished", "steps", "tokens", "time", "money", "environment", "engine"]
-"""why an episode ended: the agent answered without a call, a limit, or a fault of the environment or the engine"""
+Stopped = Literal["finished", "steps", "tokens", "time", "money", "bad call", "environment", "engine"]
+"""why an episode ended: the agent answered without a call, a limit, a call that cannot be read, or a fault of the
+environment or the engine"""
 
 
 @dataclass(frozen=True)

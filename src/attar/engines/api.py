@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from attar.data.wire import Reply, Usage
-from attar.engines.base import Answer, Capability, ChatRequest, Failure, TokenLogprobs
+from attar.engines.base import Answer, Capability, ChatRequest, Failure, TokenLogprobs, all_known
 from attar.engines.batches import Batches
 from attar.engines.flow import Flow, Job, Limits
 from attar.engines.ledger import Accounts, Ledger
@@ -88,7 +88,7 @@ class ApiEngine:
         """Providers do not say."""
         return None
 
-    def chat(self, requests: Iterable[ChatRequest]) -> Iterator[tuple[int, Answer | Failure]]:
+    def chat(self, requests: Iterable[ChatRequest | None]) -> Iterator[tuple[int, Answer | Failure]]:
         """Answer requests, many at a time; see :class:`attar.engines.base.ChatEngine`."""
         if self.batch and isinstance(self.ledger, Ledger):
             batches = Batches(
@@ -99,7 +99,8 @@ class ApiEngine:
                 timeout_s=self.limits.timeout_s,
                 total_timeout_s=self.limits.total_timeout_s,
             )
-            yield from batches.chat(self.job(index, request) for index, request in enumerate(requests))
+            known = all_known(requests, "a provider's batch (teacher.batch)")
+            yield from batches.chat(self.job(index, request) for index, request in enumerate(known))
             return
         flow = Flow(
             lambda: Connection(self.server, connections=self.limits.concurrency, timeout_s=self.limits.timeout_s),
@@ -109,18 +110,24 @@ class ApiEngine:
             self.ledger,
         )
         window = 2 * self.limits.concurrency + 16
-        source = enumerate(requests)
-        inside, more = 0, True
+        source = iter(requests)
+        inside = drawn = 0
+        more = True
         try:
             while True:
                 while more and inside < window:
-                    drawn = next(source, None)
-                    if drawn is None:
+                    try:
+                        request = next(source)
+                    except StopIteration:
                         more = False
-                    else:
-                        flow.submit(self.job(*drawn))
-                        inside += 1
+                        break
+                    if request is None:
+                        break
+                    flow.submit(self.job(drawn, request))
+                    inside, drawn = inside + 1, drawn + 1
                 if not inside:
+                    if more:
+                        continue
                     return
                 result = flow.results.get()
                 if isinstance(result, BaseException):

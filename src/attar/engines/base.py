@@ -23,6 +23,8 @@ __all__ = [
     "Scores",
     "TokenLogprobs",
     "Written",
+    "all_known",
+    "blocks",
     "need",
 ]
 
@@ -162,10 +164,12 @@ class ChatEngine(Protocol):
     def capabilities(self) -> frozenset[Capability]:
         """What this engine can give: ``text``, and ``top_logprobs`` where it has them."""
 
-    def chat(self, requests: Iterable[ChatRequest]) -> Iterator[tuple[int, Answer | Failure]]:
+    def chat(self, requests: Iterable[ChatRequest | None]) -> Iterator[tuple[int, Answer | Failure]]:
         """Answer requests, many at a time where the engine can.
 
-        Requests are drawn one by one as there is room for them, so that any number of them takes little memory.
+        Requests are drawn one by one as there is room for them, so that any number of them takes little memory. None
+        among them, which has no number, says that the next one depends on answers that are still out: the engine hands
+        on at least one of those before it draws again.
         Closing the iterator cancels what is not answered yet; nothing that was answered and paid is lost where the
         engine keeps a ledger.
 
@@ -181,6 +185,36 @@ class ChatEngine(Protocol):
             Stopped: budget or quota is used up, or the server is gone; what was answered is kept, and the same call
                 goes on from there.
         """
+
+
+def blocks(requests: Iterable[ChatRequest | None], size: int) -> Iterator[list[tuple[int, ChatRequest]]]:
+    """Numbered requests in blocks of at most so many, each of which is to be answered before the next is drawn."""
+    block: list[tuple[int, ChatRequest]] = []
+    number = 0
+    for request in requests:
+        if request is not None:
+            block.append((number, request))
+            number += 1
+        if block and (request is None or len(block) == size):
+            yield block
+            block = []
+    if block:
+        yield block
+
+
+def all_known(requests: Iterable[ChatRequest | None], who: str) -> Iterator[ChatRequest]:
+    """The requests, for an engine that cannot hand on answers between them.
+
+    Raises:
+        CapabilityError: one depends on answers that are still out; names ``who`` cannot do that.
+    """
+    for request in requests:
+        if request is None:
+            raise CapabilityError(
+                f"{who} answers requests that are all known before, and here one depends on answers to others, as in "
+                "an agent's episode"
+            )
+        yield request
 
 
 def need(engine: Engine | ChatEngine, capability: Capability, purpose: str) -> None:

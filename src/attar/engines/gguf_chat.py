@@ -44,7 +44,7 @@ class GgufChat:
         """Text, and the likeliest tokens of it."""
         return self._engine.capabilities
 
-    def chat(self, requests: Iterable[ChatRequest]) -> Iterator[tuple[int, Answer | Failure]]:
+    def chat(self, requests: Iterable[ChatRequest | None]) -> Iterator[tuple[int, Answer | Failure]]:
         """Answer requests one after another; see :class:`attar.engines.base.ChatEngine`."""
         yield from self._engine.chat(requests)
 

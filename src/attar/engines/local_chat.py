@@ -64,7 +64,7 @@ class LocalChat:
         """Text."""
         return frozenset({"text"})
 
-    def chat(self, requests: Iterable[ChatRequest]) -> Iterator[tuple[int, Answer | Failure]]:
+    def chat(self, requests: Iterable[ChatRequest | None]) -> Iterator[tuple[int, Answer | Failure]]:
         """Answer requests in batches; see :class:`attar.engines.base.ChatEngine`.
 
         Raises:
@@ -72,7 +72,13 @@ class LocalChat:
                 the template writes calls in a form that is not known here.
         """
         batch: list[_Row] = []
-        for index, request in enumerate(requests):
+        index = -1
+        for request in requests:
+            if request is None:
+                yield from self._answer(batch)
+                batch = []
+                continue
+            index += 1
             row = self._row(index, request)
             if isinstance(row, Failure):
                 yield index, row
@@ -82,8 +88,7 @@ class LocalChat:
                 yield from self._answer(batch)
                 batch = []
             batch.append(row)
-        if batch:
-            yield from self._answer(batch)
+        yield from self._answer(batch)
 
     def _row(self, index: int, request: ChatRequest) -> _Row | Failure:
         for wanted, cure in (
@@ -118,6 +123,8 @@ class LocalChat:
     @torch.inference_mode()
     def _answer(self, batch: list[_Row]) -> Iterator[tuple[int, Answer | Failure]]:
         """Write until every row has ended; a row that ends leaves the batch."""
+        if not batch:
+            return
         device = self._engine.model.device
         longest = max(len(row.prompt) for row in batch)
         padding = [longest - len(row.prompt) for row in batch]

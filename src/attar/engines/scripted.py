@@ -63,9 +63,9 @@ class ScriptedChat:
         """Text only."""
         return frozenset({"text"})
 
-    def chat(self, requests: Iterable[ChatRequest]) -> Iterator[tuple[int, Answer | Failure]]:
+    def chat(self, requests: Iterable[ChatRequest | None]) -> Iterator[tuple[int, Answer | Failure]]:
         """Answer each request; tokens are words, and cost nothing."""
-        for number, request in enumerate(requests):
+        for number, request in enumerate(filter(None, requests)):
             said = self._answer(request)
             if isinstance(said, str):
                 said = Message("assistant", said)

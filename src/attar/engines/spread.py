@@ -10,7 +10,7 @@ from itertools import islice
 from attar.cluster.crew import Crew, hire
 from attar.cluster.machines import start_cluster
 from attar.engines.api import ledger_path
-from attar.engines.base import Answer, Capability, ChatRequest, Failure
+from attar.engines.base import Answer, Capability, ChatRequest, Failure, all_known
 from attar.engines.leases import LeasedLedger, lease_ledger, own_share
 from attar.engines.load import load_chat_teacher, served
 from attar.recipe import Recipe
@@ -64,9 +64,9 @@ class SpreadChat:
             [(_, self._capabilities)] = self._crew.run([None])
         return self._capabilities
 
-    def chat(self, requests: Iterable[ChatRequest]) -> Iterator[tuple[int, Answer | Failure]]:
+    def chat(self, requests: Iterable[ChatRequest | None]) -> Iterator[tuple[int, Answer | Failure]]:
         """Answer requests, many at a time; those of a block are handed on together."""
-        source = iter(requests)
+        source = all_known(requests, "a cluster (run.on: ray)")
         blocks = iter(lambda: tuple(islice(source, self._rows)), ())
         for number, outcomes in self._crew.run(blocks):
             yield from enumerate(outcomes, start=number * self._rows)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from attar.data.types import Message
-from attar.engines.base import Answer, Capability, ChatRequest, Failure
+from attar.engines.base import Answer, Capability, ChatRequest, Failure, blocks
 from attar.engines.served import PromptLimits, PromptTop, read_prompt_top
 from attar.errors import CapabilityError, ModelError, require
 
@@ -94,14 +93,13 @@ class VllmTeacher:
             for (ids, places), output in zip(asked, outputs, strict=True)
         ]
 
-    def chat(self, requests: Iterable[ChatRequest]) -> Iterator[tuple[int, Answer | Failure]]:
+    def chat(self, requests: Iterable[ChatRequest | None]) -> Iterator[tuple[int, Answer | Failure]]:
         """Answer requests, in batches of vLLM's own; see :class:`attar.engines.base.ChatEngine`.
 
         Raises:
             CapabilityError: a request asks for tools, a schema or log-probabilities.
         """
-        source = enumerate(requests)
-        while block := list(islice(source, _TOGETHER)):
+        for block in blocks(requests, _TOGETHER):
             parameters = [self._parameters(request) for _, request in block]
             conversations = [[message.wire for message in request.messages] for _, request in block]
             for (index, _), output in zip(
