@@ -7,8 +7,8 @@ from itertools import islice
 import pytest
 
 from attar.collect.generate import generate, plan
-from attar.collect.generate.journal import Journal
 from attar.data.conversations import parse_conversation
+from attar.data.journal import Journal
 from attar.data.types import Message, ToolCall
 from attar.engines.base import Answer, Failure
 from attar.engines.scripted import ScriptedChat

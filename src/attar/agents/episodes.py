@@ -115,7 +115,7 @@ def play(
     limits: Limits | None = None,
     asking: Asking | None = None,
     at_once: int = 16,
-) -> Iterator[Episode]:
+) -> Generator[Episode, None, None]:
     """Play episodes, each in an environment of its own, and hand them on as they end.
 
     What goes wrong in an environment or a tool is part of the episode: an exception of a call is its result. An engine

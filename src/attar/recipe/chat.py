@@ -16,7 +16,8 @@ __all__ = ["ChatRecipe"]
 class Data(Part):
     """The user's conversations: messages and tools, in OpenAI's shape. A relative path counts from the recipe."""
 
-    train: Path = Field(strict=False)
+    train: Path | None = Field(default=None, strict=False)
+    """required but for an agent that acts in an environment"""
     val: Path | None = Field(default=None, strict=False)
     """held out for choosing the checkpoint; taken from `train` where nothing is said"""
     test: Path | None = Field(default=None, strict=False)
@@ -250,8 +251,8 @@ class Export(Part):
 class ChatRecipe(Recipe):
     """A job that ends in a small causal language model."""
 
-    task: Literal["chat"]
-    data: Data
+    task: Literal["chat", "agent"]
+    data: Data = Data()
     teacher: ChatTeacher
     student: Student = Student()
     curate: Curate = Curate()
@@ -262,6 +263,8 @@ class ChatRecipe(Recipe):
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRecipe:
+        if self.task == "chat" and self.data.train is None:
+            raise ValueError("data.train: required, but not set")
         signals = self.distill.signals
         if self.student.shrink.vocabulary == "trim" and signals.source == "cached" and signals.kind != "hidden":
             raise ValueError(

@@ -10,13 +10,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from attar.errors import RecipeError
+from attar.recipe.agent import AgentRecipe
 from attar.recipe.base import Recipe, nearest
 from attar.recipe.chat import ChatRecipe
 from attar.recipe.classify import ClassifyRecipe
 
 __all__ = ["TASKS", "load_recipe", "parse_recipe"]
 
-TASKS: dict[str, type[Recipe]] = {"classify": ClassifyRecipe, "chat": ChatRecipe}
+TASKS: dict[str, type[Recipe]] = {"classify": ClassifyRecipe, "chat": ChatRecipe, "agent": AgentRecipe}
 
 
 class _Loader(yaml.SafeLoader):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from attar.collect.generate.journal import Journal
+from attar.data.journal import Journal
 from attar.errors import WorkspaceError
 from attar.workspace import write_json
 
