@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from attar.recipe import Recipe
@@ -163,4 +163,28 @@ _CHAT = (
     _REPORT,
 )
 
-STAGES: dict[str, tuple[Stage, ...]] = {"classify": _CLASSIFY, "chat": _CHAT}
+_CHAT_STAGES = {stage.name: stage for stage in _CHAT}
+
+_AGENT = (
+    Stage(
+        "rollout",
+        "attar.collect.rollout:rollout",
+        ("data.train", "environment", "collect.rollout", "evaluate.splits", "teacher", "run.seed"),
+        (),
+        ("raw/episodes",),
+        teacher=True,
+    ),
+    replace(_CURATE, function="attar.collect.episodes:curate", needs=("rollout",)),
+    _CHAT_STAGES["score"],
+    _CHAT_STAGES["train"],
+    _CHAT_STAGES["export"],
+    replace(
+        _CHAT_STAGES["evaluate"],
+        function="attar.evaluate.agent:evaluate",
+        reads=(*_CHAT_STAGES["evaluate"].reads, "environment"),
+        needs=("rollout", *_CHAT_STAGES["evaluate"].needs),
+    ),
+    _REPORT,
+)
+
+STAGES: dict[str, tuple[Stage, ...]] = {"classify": _CLASSIFY, "chat": _CHAT, "agent": _AGENT}

@@ -15,7 +15,7 @@ from attar.engines.base import ChatEngine
 from attar.errors import RunError, WorkspaceError
 from attar.progress import Progress, track
 
-__all__ = ["Stage", "is_scripted", "play_all", "policy_of", "read_episodes", "tries_of"]
+__all__ = ["Stage", "play_all", "read_episodes", "tries_of"]
 
 # Episodes that end because of the engine, one after another, before it is held to be gone.
 _HOPELESS = 8
@@ -29,16 +29,6 @@ class Stage:
     limits: Limits
     at_once: int
     seed: int
-
-
-def is_scripted(engine: ChatEngine) -> bool:
-    """Whether who acts follows a script: an engine says so by an attribute ``scripted``."""
-    return bool(getattr(engine, "scripted", False))
-
-
-def policy_of(engine: ChatEngine, name: str) -> str:
-    """How who acts is called in episodes."""
-    return "scripted" if is_scripted(engine) else name
 
 
 def tries_of(tasks: Sequence[Task], trials: int) -> list[Try]:

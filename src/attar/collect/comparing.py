@@ -169,11 +169,13 @@ class Comparison:
 
         Args:
             train: rows of the pool, in their order.
-            held: those that are the test split; None: it is a file.
+            held: those that are the test split; None: it is a file, or there is none.
 
         Raises:
             PreflightRefused: a row shares words with a case of the user's test file, and the recipe wants a refusal.
         """
+        if held is None and "test" not in self._tables:
+            return train
         test = self._tables["test"] if held is None else self._pool
         cases = test.indices if held is None else held
         if held is not None:

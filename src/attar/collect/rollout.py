@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 from attar.agents.environments import Environment
 from attar.agents.episodes import Asking
 from attar.agents.load import load_environment, stage_of, tasks_of
-from attar.agents.playing import Stage, play_all, policy_of, tries_of
+from attar.agents.playing import Stage, play_all, tries_of
 from attar.data.episodes import Episode
 from attar.engines.base import ChatEngine
-from attar.engines.load import load_chat_teacher
+from attar.engines.load import load_chat_teacher, scripted
 from attar.errors import DataError
 from attar.recipe import AgentRecipe
 from attar.workspace import Run, open_atomic
@@ -43,7 +44,7 @@ def rollout(recipe: AgentRecipe, run: Run) -> dict[str, Any]:
     if not tasks["train"]:
         raise DataError(f"environment {environment.name} has no tasks of the split `train`")
     _require_apart(environment, [*tasks, *recipe.evaluate.splits])
-    engine = load_chat_teacher(recipe)
+    engine = cache(lambda: load_chat_teacher(recipe))
     trials = {"train": settings.trials, "val": 1}
     counts: dict[str, Any] = {}
     for split, found in tasks.items():
@@ -55,16 +56,16 @@ def rollout(recipe: AgentRecipe, run: Run) -> dict[str, Any]:
 
 
 def _played(
-    engine: ChatEngine, recipe: AgentRecipe, run: Run, stage: Stage, split: str, tries: Sequence[Any]
+    engine: Callable[[], ChatEngine], recipe: AgentRecipe, run: Run, stage: Stage, split: str, tries: Sequence[Any]
 ) -> list[Episode]:
     """The episodes of a split, in the order of their tasks whatever the order in which they ended."""
     journal = run.path(*EPISODES, f"{split}.parts.jsonl")
     episodes = play_all(
-        lambda: engine,
+        engine,
         stage,
         tries,
         journal,
-        policy=policy_of(engine, recipe.teacher.model),
+        policy="scripted" if scripted(recipe) else recipe.teacher.model,
         asking=Asking(temperature=recipe.collect.rollout.temperature),
         progress=run.progress,
         name=f"teacher plays {split}",

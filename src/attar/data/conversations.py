@@ -71,7 +71,7 @@ def write_conversations(path: Path, conversations: Iterable[Conversation]) -> No
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
-def parse_conversation(row: Any, *, columnar: bool = False) -> Conversation:
+def parse_conversation(row: Any, *, columnar: bool = False, answered: bool = True) -> Conversation:
     """One row in OpenAI's shape.
 
     A field that is null is absent. Text in parts is joined. An assistant's content may be null where it calls tools.
@@ -81,6 +81,7 @@ def parse_conversation(row: Any, *, columnar: bool = False) -> Conversation:
             its reasoning as ``reasoning_content``, ``reasoning`` or ``thinking``.
         columnar: the row stood in a table, which gives each object the keys of all rows' objects; so arguments and
             tools must be JSON strings there.
+        answered: whether an assistant must have spoken, as in what is learned from.
 
     Raises:
         BadRow: names the field, the value seen and the value wanted.
@@ -88,11 +89,11 @@ def parse_conversation(row: Any, *, columnar: bool = False) -> Conversation:
     if not isinstance(row, dict):
         raise BadRow("malformed", f"an object with the key 'messages' is wanted, this is {type(row).__name__}")
     messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
+    if not isinstance(messages, list) or (answered and not messages):
         keys = ", ".join(map(str, row))
         raise BadRow("no messages", f"messages is {_shown(messages)}, a list of messages is wanted; keys here: {keys}")
     parsed = tuple(_message(message, f"messages[{i}]", columnar) for i, message in enumerate(messages))
-    if not any(message.role == "assistant" for message in parsed):
+    if answered and not any(message.role == "assistant" for message in parsed):
         raise BadRow("no assistant", "no message has the role 'assistant', so there is nothing to learn from")
     tools = _tools(row.get("tools"), columnar)
     conversation = Conversation(parsed, tools, _optional_string(row, "group", "group"))

@@ -95,7 +95,7 @@ class Episode:
         Raises:
             BadRow: it is none; says what is missing.
         """
-        conversation = parse_conversation(row)
+        conversation = parse_conversation(row, answered=False)
         meta = row.get("meta")
         about = meta.get("episode") if isinstance(meta, dict) else None
         if not isinstance(about, dict):

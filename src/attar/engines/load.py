@@ -17,6 +17,7 @@ from attar.workspace import Run, digest
 __all__ = [
     "load_chat_teacher",
     "load_teacher",
+    "scripted",
     "served",
     "teacher_files",
     "teacher_fingerprint",
@@ -105,11 +106,12 @@ def load_teacher(recipe: Recipe, *, fresh: bool = False, ledger: Accounts | None
     return made
 
 
-def load_chat_teacher(recipe: Recipe, *, ledger: Accounts | None = None) -> ChatEngine:
+def load_chat_teacher(recipe: Recipe, *, fresh: bool = False, ledger: Accounts | None = None) -> ChatEngine:
     """Load the recipe's teacher to continue conversations: behind an API, in this process, or the user's own class.
 
     Args:
         recipe: names it.
+        fresh: ask a teacher behind an API anew, whatever its ledger holds: for measurements of speed.
         ledger: the run's, where another process owns it; None to open the file.
 
     Raises:
@@ -119,7 +121,7 @@ def load_chat_teacher(recipe: Recipe, *, ledger: Accounts | None = None) -> Chat
     if scheme in _PROVIDERS:
         from attar.engines.api import load_api
 
-        return load_api(recipe, ledger=ledger)
+        return load_api(recipe, fresh=fresh, ledger=ledger)
     if scheme == "vllm":
         from attar.engines.vllm import load_vllm
 
@@ -141,11 +143,24 @@ def load_chat_teacher(recipe: Recipe, *, ledger: Accounts | None = None) -> Chat
     return made
 
 
+def scripted(recipe: Recipe) -> bool:
+    """Whether the teacher follows a script, as its class says by an attribute ``scripted``: it is imitated, and nothing
+    is distilled from it.
+    """
+    if recipe.teacher.model.partition(":")[0] in (*_OPENERS, "vllm"):
+        return False
+    return bool(getattr(_users_class(recipe), "scripted", False))
+
+
 def _users_own(recipe: Recipe) -> object:
+    return _users_class(recipe)()
+
+
+def _users_class(recipe: Recipe) -> Any:
     name = recipe.teacher.model
     module, _, rest = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), rest)()
+        return getattr(importlib.import_module(module), rest)
     except (ImportError, AttributeError, ValueError) as error:
         raise ModelError(
             f"teacher.model: {name!r} is neither {', '.join(f'{s}:...' for s in _OPENERS)} "
@@ -174,7 +189,7 @@ def teacher_files(recipe: Recipe) -> Path:
             f"teacher.model: {rest} is no file or folder here; download the model first and name its folder, "
             f"{scheme}:FOLDER"
         )
-    load_teacher(recipe)
+    _users_class(recipe)
     return Path(str(sys.modules[scheme].__file__))
 
 

@@ -55,6 +55,8 @@ class ScriptedChat:
         answer: request -> the answer's text, its message, or what became of the request.
     """
 
+    scripted = True
+
     def __init__(self, answer: Callable[[ChatRequest], str | Message | Answer | Failure]) -> None:
         self._answer = answer
 

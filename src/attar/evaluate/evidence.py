@@ -159,7 +159,7 @@ def provenance(recipe: Recipe, run: Run, student: str, licence: str | None, pack
         },
         "hashes": {
             "teacher": teacher_fingerprint(recipe, run),
-            **{name: outputs[f"data/{name}.jsonl"] for name in ("train", "val", "test")},
+            **{n: outputs[f"data/{n}.jsonl"] for n in ("train", "val", "test") if f"data/{n}.jsonl" in outputs},
         },
         "versions": versions,
         "seed": recipe.run.seed,

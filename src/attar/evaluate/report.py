@@ -31,6 +31,22 @@ _METRIC_COLUMNS = (
     ("greedy_prefix", "percent"),
     ("exact_match", "percent"),
 )
+# Metric of an agent's episodes, and of its single steps, the filter that writes it, and what the column is called.
+_AGENT_COLUMNS = (
+    ("success", "percent", "Success"),
+    ("steps", "significant", "Steps"),
+    ("completion_tokens", "significant", "Tokens written"),
+    ("prompt_tokens", "significant", "Tokens read"),
+    ("tool_errors", "significant", "Failed calls"),
+    ("finished", "percent", "Ended by itself"),
+)
+_STEP_COLUMNS = (
+    ("acceptable", "percent", "Does what the teacher did"),
+    ("same_kind", "percent", "Calls where it called"),
+    ("same_tools", "percent", "The same tools"),
+    ("valid", "percent", "Calls fit their schema"),
+    ("hallucinated", "percent", "Calls no tool on offer"),
+)
 _GAINS = {
     "classify": {
         "control": {
@@ -52,6 +68,26 @@ _GAINS = {
             "above": "Learning from the teacher beat learning from the text here: the whole interval is above 0.",
             "within": "Learning from the teacher did not beat learning from the text here: the interval includes 0.",
             "below": "Learning from the teacher did worse than from the text here: the whole interval is below 0.",
+        },
+        "base": {
+            "title": "Over the base: the same student untrained",
+            "above": "Training made the student better: the whole interval is above 0.",
+            "within": "Training did not make the student better: the interval includes 0.",
+            "below": "Training made the student worse: the whole interval is below 0.",
+        },
+    },
+    "agent": {
+        "control": {
+            "title": "Over the control: the same student trained on the same number of tokens, without relabelling",
+            "above": "It beat plain behaviour cloning here: the whole interval is above 0.",
+            "within": "It did not beat plain behaviour cloning here: the interval includes 0.",
+            "below": "It did worse than plain behaviour cloning here: the whole interval is below 0.",
+        },
+        "prompted": {
+            "title": "Over the prompt: the untrained student that is shown episodes",
+            "above": "Training beat a prompt here: the whole interval is above 0.",
+            "within": "Training did not beat a prompt here: the interval includes 0.",
+            "below": "Training did worse than a prompt here: the whole interval is below 0.",
         },
         "base": {
             "title": "Over the base: the same student untrained",
@@ -131,7 +167,7 @@ def render_html(evaluation: dict[str, Any]) -> str:
     environment.filters["pretty"] = lambda value, name: environment.filters[name](value)
     arms = evaluation["arms"]
     curves = ((arm, plots.loss_curve(arm, curve)) for arm, curve in _ordered(evaluation["curves"]) if curve)
-    of_task = {"classify": _classify, "chat": _chat}[evaluation["task"]](evaluation)
+    of_task = {"classify": _classify, "chat": _chat, "agent": _agent}[evaluation["task"]](evaluation)
     figures = {name: Markup(svg) for name, svg in of_task.pop("plots").items()}
     template = environment.get_template("report.html.j2")
     return template.render(
@@ -172,6 +208,18 @@ def _chat(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         "cases_called": "held-out conversations",
         "mcnemar": [],
         "metric_columns": _METRIC_COLUMNS,
+        "plots": {"quality": plots.quality_latency(evaluation)},
+    }
+
+
+def _agent(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page of an agent task shows beside what every page shows."""
+    return {
+        "axis": {"what": "the median time of a step", "word": "latency"},
+        "cases_called": "tasks",
+        "mcnemar": [],
+        "agent_columns": _AGENT_COLUMNS,
+        "step_columns": _STEP_COLUMNS,
         "plots": {"quality": plots.quality_latency(evaluation)},
     }
 

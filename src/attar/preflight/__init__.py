@@ -12,7 +12,7 @@ from attar.terms import NO_ADVICE, terms_of
 __all__ = ["Finding", "check"]
 
 # task -> the room that checks it
-_ROOMS = {"classify": "attar.preflight.classify", "chat": "attar.preflight.chat"}
+_ROOMS = {"classify": "attar.preflight.classify", "chat": "attar.preflight.chat", "agent": "attar.preflight.agent"}
 
 
 def check(recipe: Recipe) -> list[Finding]:

@@ -171,3 +171,9 @@ class AgentRecipe(ChatRecipe):
         if self.environment is None and self.distill.relabel is not None:
             raise ValueError("distill.relabel: the student acts in an environment, and none is set")
         return self
+
+    @property
+    def only_words(self) -> bool:
+        """Whether all that counts of the teacher is what it did, so that it may be anything that acts."""
+        taught = all(objective.kind == "response" for objective in self.distill.objectives)
+        return taught and self.student.model is not None

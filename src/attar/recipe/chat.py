@@ -275,6 +275,11 @@ class ChatRecipe(Recipe):
             raise ValueError(f"student.model: {self.student.model!r} is not `hf:FOLDER`")
         return self
 
+    @property
+    def only_words(self) -> bool:
+        """Whether all that counts of the teacher is what it said, so that it may be anything that speaks."""
+        return False
+
     def located(self, base: Path) -> ChatRecipe:
         """The recipe with every relative path made absolute, counted from ``base``."""
         located = super().located(base)

@@ -114,6 +114,8 @@ def score(recipe: ChatRecipe, run: Run) -> dict[str, Any]:
         RunError, ModelError: a served teacher does not say what its weights say, or what it says itself.
         Stopped: its server is gone; what it said is kept.
     """
+    if recipe.only_words:
+        return {"examples": 0, "tokens": 0, "bytes": 0}
     kind = signal_kind(recipe)
     if served(recipe):
         refuse_recipe(recipe)

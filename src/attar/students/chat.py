@@ -47,7 +47,8 @@ def export(recipe: ChatRecipe, run: Run) -> dict[str, Any]:
             shutil.copy(kept, target)
         if recipe.export.gguf:
             checks[name].append(export_gguf(model, tokenizer, gguf, probes=probes).as_dict())
-    if recipe.export.gguf and not served(recipe):
+    # An agent's arms are measured as they act, not in llama.cpp alone.
+    if recipe.export.gguf and recipe.task == "chat" and not served(recipe):
         checks |= _teacher(recipe, run)
     return {"checks": checks}
 
