@@ -45,8 +45,11 @@ def _environment(recipe: AgentRecipe, environment: Environment) -> Iterator[Find
         tasks = tasks_of(environment, split)
         wanted = split != "val"
         families = len({task.family for task in tasks})
-        level = "refuse" if wanted and not tasks else "ok"
-        yield Finding(level, f"environment {environment.name}: {split}: {len(tasks)} tasks of {families} families")
+        words = f"environment {environment.name}: {split}: {len(tasks)} tasks of {families} families"
+        yield Finding("refuse" if wanted and not tasks else "ok", words)
+            "refuse" if wanted and not tasks else "ok",
+            f"environment {environment.name}: {split}: {len(tasks)} tasks of {families} families",
+        )
         for task in tasks[:_STARTED]:
             try:
                 environment.start(task)

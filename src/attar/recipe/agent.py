@@ -101,6 +101,8 @@ class Relabel(Part):
     rounds: Positive = 1
     tasks: Positive
     """of the split `train`, that the student plays in each round"""
+    corrections: Positive = 3
+    """of an episode, at most: the first steps at which the teacher would have done something else"""
     epochs: float = Field(default=1.0, gt=0, strict=False)
     """over all data so far, in each round"""
 
