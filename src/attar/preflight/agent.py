@@ -47,9 +47,6 @@ def _environment(recipe: AgentRecipe, environment: Environment) -> Iterator[Find
         families = len({task.family for task in tasks})
         words = f"environment {environment.name}: {split}: {len(tasks)} tasks of {families} families"
         yield Finding("refuse" if wanted and not tasks else "ok", words)
-            "refuse" if wanted and not tasks else "ok",
-            f"environment {environment.name}: {split}: {len(tasks)} tasks of {families} families",
-        )
         for task in tasks[:_STARTED]:
             try:
                 environment.start(task)
