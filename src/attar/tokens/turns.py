@@ -7,18 +7,20 @@ the end-of-turn token, is what the model has to produce. Where that does not hol
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 
 from attar.data.types import Conversation, Message
 from attar.errors import DataError, ModelError
 from attar.tokens.controls import Coder, Marks, coder, strings
+from attar.tokens.tooling import knows_tools
 
-__all__ = ["Turn", "Turns"]
+__all__ = ["Parts", "Turn", "Turns"]
 
 _GENERATION = re.compile(r"{%[-+]?\s*generation\b")
 # Private-use characters for marks and for a probe's content.
@@ -43,6 +45,15 @@ class Turn:
     """where in the text control strings start that came from content"""
 
 
+class Parts(NamedTuple):
+    """Where in a turn's text its parts begin: first the reasoning, then these."""
+
+    text: int
+    call: int
+    end: int
+    """the end-of-turn token"""
+
+
 class Turns:
     """The turns of one conversation.
 
@@ -52,7 +63,8 @@ class Turns:
         template_kwargs: further variables of the template, as the student's server will give them.
 
     Raises:
-        ModelError: the tokenizer has no chat template, or is not a fast one.
+        ModelError: the tokenizer has no chat template, or one that leaves out the tools that the conversation has, or
+            is not a fast one.
     """
 
     def __init__(self, tokenizer: Any, conversation: Conversation, template_kwargs: Mapping[str, Any]) -> None:
@@ -68,6 +80,12 @@ class Turns:
                 "tokenizer.chat_template"
             ) from error
         self.coder: Coder = coder(tokenizer, self._template)
+        if self._tools and not knows_tools(tokenizer, self._variables):
+            raise ModelError(
+                f"{self._name} has {len(self._tools)} tools, and the chat template leaves them out, so a student would "
+                "learn to call what it does not see; give it a template that writes them: "
+                "attar.tokens.with_tools(tokenizer)"
+            )
         self._messages = self._with_arguments(conversation.messages)
 
     def turn(self, index: int) -> Turn:
@@ -87,8 +105,40 @@ class Turns:
         quoted = self._quoted(self._messages[: index + 1], text, where)
         start = self._start(index, text, where)
         end = self._end(index, text, start, quoted, where)
+        self._check_calls(index, text[start:end], where)
         self._check_markers(index, text, start, end, where)
         return Turn(index, text, start, end, quoted)
+
+    def parts(self, turn: Turn) -> Parts:
+        """Where the parts of an answer begin, by what changes in the text when the message's content does.
+
+        Markup counts to the part before it if that is reasoning or text, else to the part behind it. What a template
+        takes for reasoning within the content is text here: reasoning is what stands in its own field.
+
+        Raises:
+            DataError: the template refuses the message with other content.
+        """
+        where = f"{self._name}, messages[{turn.index}]"
+        before, message = self._messages[: turn.index], self._messages[turn.index]
+        calls, content = message.get("tool_calls"), message["content"]
+        stop = next(s for s, e in self.coder.occurrences(turn.text) if e == turn.end)
+        used = set(turn.text).union(self._template, *strings(before))
+        probe = next(chr(i) for i in _PRIVATE if chr(i) not in used)
+        probed = self._render([*before, {**message, "content": probe}], where)
+        written = probe in probed
+        if calls and not written:
+            # The template leaves the text beside calls out; so where would it stand if there were no calls?
+            plain = {field: value for field, value in message.items() if field != "tool_calls"}
+            probed = self._render([*before, {**plain, "content": probe}], where)
+        begin = min(max(_shared(turn.text, probed), turn.start), stop)
+        reasoning = (message.get("reasoning_content") or "").strip()
+        text = begin if reasoning and reasoning in turn.text[turn.start : begin] else turn.start
+        if not calls:
+            return Parts(text, stop, stop)
+        if not content.strip() or not written:
+            return Parts(text, text, stop)
+        behind = _shared(turn.text[::-1], probed[::-1])
+        return Parts(text, max(text, len(turn.text) - behind), stop)
 
     def asked(self) -> tuple[str, frozenset[int]]:
         """What the model is given when it is asked for the next message, and where control strings are content in it.
@@ -237,6 +287,16 @@ class Turns:
             f"{where}: the chat template writes no end-of-turn token after the answer: it ends with {text[-50:]!r}, "
             "so a student would never learn to stop; take a template that writes one, such as the EOS token"
         )
+
+    def _check_calls(self, index: int, produced: str, where: str) -> None:
+        """Refuse a template that leaves calls out: the answer would be learned without them."""
+        for call in self._messages[index].get("tool_calls") or ():
+            name = call["function"]["name"]
+            if name not in produced and json.dumps(name)[1:-1] not in produced:
+                raise DataError(
+                    f"{where}: the message calls {name!r}, and the chat template writes {produced[:60]!r} for it; give "
+                    "the tokenizer a template that writes calls: attar.tokens.with_tools(tokenizer)"
+                )
 
     def _check_markers(self, index: int, text: str, start: int, end: int, where: str) -> None:
         """Compare with the template's own ``{% generation %}`` markers, where it has them.
