@@ -2,7 +2,8 @@
 
 Nothing is known about the template. What it writes for the messages before an answer, with its generation prompt, is
 what the model is given when it is asked; so this must be how the text with the answer begins, and what follows, up to
-the end-of-turn token, is what the model has to produce. Where that does not hold, an error says what differs.
+the end-of-turn token, is what the model has to produce. Where that does not hold and the answer cannot be put behind
+what the model is given, an error says what differs.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Turn:
     index: int
     """of the message"""
     text: str
-    """the conversation from its beginning, this message the last"""
+    """what the model is given when it is asked for this message, and the message"""
     start: int
     """where in the text begins what the assistant produced"""
     end: int
@@ -103,11 +104,16 @@ class Turns:
             )
         text = self._render(self._messages[: index + 1], where)
         quoted = self._quoted(self._messages[: index + 1], text, where)
-        start = self._start(index, text, where)
+        prompt, start = self._start(index, text, where)
         end = self._end(index, text, start, quoted, where)
         self._check_calls(index, text[start:end], where)
         self._check_markers(index, text, start, end, where)
-        return Turn(index, text, start, end, quoted)
+        if text.startswith(prompt):
+            return Turn(index, text, start, end, quoted)
+        before = self._quoted(self._messages[:index], prompt, where, prompt=True)
+        shift = len(prompt) - start
+        quoted = before | {place + shift for place in quoted if place >= start}
+        return Turn(index, prompt + text[start:], len(prompt), end + shift, quoted)
 
     def parts(self, turn: Turn) -> Parts:
         """Where the parts of an answer begin, by what changes in the text when the message's content does.
@@ -130,14 +136,15 @@ class Turns:
             # The template leaves the text beside calls out; so where would it stand if there were no calls?
             plain = {field: value for field, value in message.items() if field != "tool_calls"}
             probed = self._render([*before, {**plain, "content": probe}], where)
-        begin = min(max(_shared(turn.text, probed), turn.start), stop)
+        own, other = turn.text[turn.start :], probed[self._start(turn.index, probed, where)[1] :]
+        begin = min(turn.start + _shared(own, other), stop)
         reasoning = (message.get("reasoning_content") or "").strip()
         text = begin if reasoning and reasoning in turn.text[turn.start : begin] else turn.start
         if not calls:
             return Parts(text, stop, stop)
         if not content.strip() or not written:
             return Parts(text, text, stop)
-        behind = _shared(turn.text[::-1], probed[::-1])
+        behind = _shared(own[::-1], other[::-1])
         return Parts(text, max(text, len(turn.text) - behind), stop)
 
     def asked(self) -> tuple[str, frozenset[int]]:
@@ -237,13 +244,23 @@ class Turns:
             "reasoning into reasoning_content and calls into tool_calls"
         )
 
-    def _start(self, index: int, text: str, where: str) -> int:
-        """Where the text goes on after what the model is given when it is asked."""
+    def _start(self, index: int, text: str, where: str) -> tuple[str, int]:
+        """What the model is given when it is asked, and where in the text with the answer its own begins.
+
+        Some templates write what came before in another way once an answer follows (Hermes: the end of the last tool's
+        result). There the answer is behind as many headers as what the model is given has.
+        """
         before = self._messages[:index]
         prompt = self._render(before, where, prompt=True)
-        if text.startswith(prompt) and prompt == self._render(before, where):
+        bare = self._render(before, where)
+        if text.startswith(prompt) and prompt == bare:
             prompt += self._header(before, prompt, where)
-        if not text.startswith(prompt):
+        if text.startswith(prompt):
+            return prompt, len(prompt)
+        header = prompt[len(bare) :] if prompt.startswith(bare) else ""
+        places = [match.end() for match in re.finditer(re.escape(header), text)] if header.strip() else []
+        headers = prompt.count(header) if header else 0
+        if len(places) < headers or not headers:
             same = _shared(prompt, text)
             raise DataError(
                 f"{where}: asked for this answer, the model is given ...{prompt[max(0, same - 30) :]!r}, but with the "
@@ -251,7 +268,7 @@ class Turns:
                 "another prompt than it is asked with. Give the message the reasoning that the template expects, set "
                 "the template's variables as the server does, or take another chat template"
             )
-        return len(prompt)
+        return prompt, places[headers - 1]
 
     def _header(self, before: list[dict[str, Any]], prompt: str, where: str) -> str:
         """What a template without generation prompt writes before any answer, to say whose it is."""
