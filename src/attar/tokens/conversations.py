@@ -9,55 +9,29 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from attar.data.episodes import Episode
 from attar.data.types import Conversation, Message
 from attar.errors import DataError
+from attar.tokens.controls import Encoded
+from attar.tokens.examples import KINDS, LossWeights, TokenizedExample
 from attar.tokens.turns import Turn, Turns
 from attar.workspace import digest
 
-__all__ = [
-    "TokenizedExample",
-    "encode_conversation",
-    "encode_conversations",
-    "encode_request",
-    "highlight",
-    "template_fingerprint",
-]
-
-
-@dataclass(frozen=True, eq=False)
-class TokenizedExample:
-    """Token ids, and which of them are targets: where ``supervised[i]``, the state at i - 1 learns to predict i."""
-
-    id: str
-    """the conversation's; with ``/`` and the number of its last message where one conversation gives several"""
-    ids: npt.NDArray[np.int32]
-    """[tokens]"""
-    supervised: npt.NDArray[np.bool_]
-    """[tokens]; False at 0, which nothing predicts"""
-
-    def __post_init__(self) -> None:
-        if self.ids.ndim != 1 or self.ids.shape != self.supervised.shape:
-            raise ValueError(f"ids has shape {self.ids.shape} and supervised {self.supervised.shape}; wanted [tokens]")
-        if self.supervised[:1].any():
-            raise ValueError("supervised[0] is True, but no state comes before the first token to predict it")
-
-    def __len__(self) -> int:
-        return len(self.ids)
+__all__ = ["encode_conversation", "encode_conversations", "encode_request", "template_fingerprint"]
 
 
 def encode_conversation(
     tokenizer: Any,
-    conversation: Conversation,
+    conversation: Conversation | Episode,
     *,
     max_tokens: int,
     template_kwargs: Mapping[str, Any] | None = None,
+    weights: LossWeights | None = None,
     counts: Counter[str] | None = None,
 ) -> list[TokenizedExample]:
     """Token ids and loss mask of a conversation, up to the last message that is learned.
@@ -68,14 +42,19 @@ def encode_conversation(
 
     Args:
         tokenizer: a fast tokenizer with a chat template. No BOS is added to what the template writes.
-        conversation: all assistants' messages are learned, except where ``train`` is False.
+        conversation: all assistants' messages are learned, except where ``train`` is False. Of an episode weights
+            take the outcome into account.
         max_tokens: the longest example; what goes beyond is cut off on the right.
         template_kwargs: further variables of the template (``enable_thinking``), as the server of the student will set
             them.
+        weights: how much tokens count, by what they are for; with them the examples know their ``kinds``. None for
+            all alike.
         counts: added to: ``examples``, ``tokens`` and ``supervised`` (what is returned); ``truncated`` (examples) and
             ``supervised lost`` (tokens that this cut off); ``dropped`` (examples with nothing left to learn, not
             returned); ``straddling`` (tokens that lie across the edge of an answer, not supervised); ``reasoning left
-            out`` (messages whose reasoning the template does not write).
+            out`` and ``text left out`` (messages whose reasoning, or whose text beside calls, the template does not
+            write); with weights ``weightless`` (tokens not learned as they weigh nothing), and ``supervised reason``,
+            ``supervised text``, ``supervised call`` and ``supervised end``.
 
     Returns:
         The examples in the order of their last messages; none where nothing is to be learned.
@@ -83,8 +62,12 @@ def encode_conversation(
     Raises:
         DataError: the template refuses the conversation, or what the assistant produced cannot be told from the rest;
             the message says what differs.
-        ModelError: the tokenizer has no chat template, or is not a fast one.
+        ModelError: the tokenizer has no chat template, or one that leaves out the conversation's tools, or is not a
+            fast one.
     """
+    success = conversation.outcome.success if isinstance(conversation, Episode) else None
+    if isinstance(conversation, Episode):
+        conversation = conversation.conversation
     if max_tokens < 2:
         raise ValueError(f"max_tokens is {max_tokens}; wanted at least 2, one to predict from and one to predict")
     counts = Counter() if counts is None else counts
@@ -93,8 +76,9 @@ def encode_conversation(
         turns.turn(i) for i, m in enumerate(conversation.messages) if m.role == "assistant" and m.train is not False
     ]
     for turn in open_turns:
-        reasoning = (conversation.messages[turn.index].reasoning or "").strip()
-        counts["reasoning left out"] += reasoning not in turn.text[turn.start : turn.end]
+        message, produced = conversation.messages[turn.index], turn.text[turn.start : turn.end]
+        counts["reasoning left out"] += (message.reasoning or "").strip() not in produced
+        counts["text left out"] += bool(message.tool_calls) and message.content.strip() not in produced
     covers: list[list[Turn]] = []
     while open_turns:
         text = open_turns[-1].text
@@ -103,13 +87,24 @@ def encode_conversation(
     examples = []
     for covered in covers:
         name = conversation.id if len(covers) == 1 else f"{conversation.id}/{covered[-1].index}"
-        example = _cut(_example(turns, name, covered, counts), max_tokens, counts)
-        if example is not None:
-            examples.append(example)
+        example, encoded = _example(turns, name, covered, counts)
+        if weights is not None:
+            steps = [_step(conversation, turn) for turn in covered]
+            factors = [weights.of_step(step) * weights.of_outcome(success) for step in steps]
+            whole, example = example, _weighted(turns, example, encoded, covered, weights, factors)
+            counts["weightless"] += int(whole.supervised.sum() - example.supervised.sum())
+        cut = _cut(example, max_tokens, counts)
+        if cut is not None:
+            examples.append(cut)
     return examples
 
 
-def encode_request(tokenizer: Any, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+def encode_request(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    tools: Sequence[dict[str, Any]] = (),
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
     """Token ids that a model is given when it is asked for the next message.
 
     They are those with which an example of ``encode_conversation`` begins, up to the answer. Control strings in
@@ -119,16 +114,22 @@ def encode_request(tokenizer: Any, messages: Sequence[Message], tools: Sequence[
         tokenizer: a fast tokenizer with a chat template.
         messages: the conversation so far.
         tools: on offer, as OpenAI schemas.
+        template_kwargs: further variables of the template, those of training.
 
     Raises:
         DataError: the template refuses the conversation.
-        ModelError: the tokenizer has no chat template, or is not a fast one.
+        ModelError: the tokenizer has no chat template, or one that leaves out the tools, or is not a fast one.
     """
-    turns = Turns(tokenizer, Conversation(tuple(messages), tuple(tools)), {})
+    turns = Turns(tokenizer, Conversation(tuple(messages), tuple(tools)), template_kwargs or {})
     return turns.coder.encode(*turns.asked()).ids
 
 
-def _example(turns: Turns, name: str, covered: list[Turn], counts: Counter[str]) -> TokenizedExample:
+def _step(conversation: Conversation, turn: Turn) -> int:
+    """Which of the assistant's messages a turn is, from 0."""
+    return sum(message.role == "assistant" for message in conversation.messages[: turn.index])
+
+
+def _example(turns: Turns, name: str, covered: list[Turn], counts: Counter[str]) -> tuple[TokenizedExample, Encoded]:
     text, quoted = covered[-1].text, covered[-1].quoted
     encoded = turns.coder.encode(text, quoted)
     spans = [(turn.start, turn.end) for turn in covered]
@@ -138,7 +139,25 @@ def _example(turns: Turns, name: str, covered: list[Turn], counts: Counter[str])
         for inside, (start, end) in zip(supervised, encoded.offsets, strict=True)
     ]
     counts["straddling"] += sum(straddling)
-    return TokenizedExample(name, np.array(encoded.ids, dtype=np.int32), np.array(supervised, dtype=np.bool_))
+    ids, mask = np.array(encoded.ids, dtype=np.int32), np.array(supervised, dtype=np.bool_)
+    return TokenizedExample(name, ids, mask), encoded
+
+
+def _weighted(
+    turns: Turns,
+    example: TokenizedExample,
+    encoded: Encoded,
+    covered: list[Turn],
+    weights: LossWeights,
+    factors: list[float],
+) -> TokenizedExample:
+    """The example with kinds and weights. A token across the edge of two kinds counts to the one that it ends in."""
+    edges = [edge for turn in covered for edge in (turn.start, *turns.parts(turn))]
+    last = np.array([end - 1 for _, end in encoded.offsets])
+    place = np.searchsorted(edges, last, side="right") - 1
+    kinds = np.where(example.supervised, place % len(KINDS), -1).astype(np.int8)
+    values = weights.of_kinds()[kinds] * np.array(factors, dtype=np.float32)[place // len(KINDS)]
+    return replace(example, kinds=kinds).weighted(values)
 
 
 def _cut(example: TokenizedExample, max_tokens: int, counts: Counter[str]) -> TokenizedExample | None:
@@ -146,35 +165,40 @@ def _cut(example: TokenizedExample, max_tokens: int, counts: Counter[str]) -> To
     if len(example) > max_tokens:
         counts["truncated"] += 1
         counts["supervised lost"] += int(example.supervised[max_tokens:].sum())
-        example = TokenizedExample(example.id, example.ids[:max_tokens], example.supervised[:max_tokens])
+        example = example.first(max_tokens)
     if not example.supervised.any():
         counts["dropped"] += 1
         return None
     counts["examples"] += 1
     counts["tokens"] += len(example)
     counts["supervised"] += int(example.supervised.sum())
+    if example.kinds is not None:
+        for number, kind in enumerate(KINDS):
+            counts[f"supervised {kind}"] += int((example.kinds == number).sum())
     return example
 
 
 def encode_conversations(
     tokenizer: Any,
-    conversations: Iterable[Conversation],
+    conversations: Iterable[Conversation | Episode],
     *,
     max_tokens: int,
     max_truncated: float,
     on_unusable: Literal["stop", "skip"] = "stop",
     template_kwargs: Mapping[str, Any] | None = None,
+    weights: LossWeights | None = None,
 ) -> tuple[list[TokenizedExample], Counter[str]]:
     """Token ids and loss masks of a data set.
 
     Args:
         tokenizer: as for :func:`encode_conversation`, like ``max_tokens`` and ``template_kwargs``.
-        conversations: the data set.
+        conversations: the data set; episodes are conversations with an outcome.
         max_tokens: the longest example.
         max_truncated: the largest share of examples, 0 to 1, that may be cut off.
         on_unusable: stop at a conversation that the template cannot render or that cannot be masked, or skip it and
             count it as ``unusable``.
         template_kwargs: further variables of the template.
+        weights: as for :func:`encode_conversation`.
 
     Returns:
         The examples, and the counts of :func:`encode_conversation` over all of them.
@@ -188,7 +212,12 @@ def encode_conversations(
     for conversation in conversations:
         try:
             examples += encode_conversation(
-                tokenizer, conversation, max_tokens=max_tokens, template_kwargs=template_kwargs, counts=counts
+                tokenizer,
+                conversation,
+                max_tokens=max_tokens,
+                template_kwargs=template_kwargs,
+                weights=weights,
+                counts=counts,
             )
         except DataError:
             if on_unusable == "stop":
@@ -204,7 +233,7 @@ def encode_conversations(
     if not examples:
         raise DataError(
             f"no example is left to learn from ({ {k: n for k, n in counts.items() if n} }); check the roles and train "
-            "flags of the messages, and raise max_tokens if examples were cut off"
+            "flags of the messages and the weights of their kinds, and raise max_tokens if examples were cut off"
         )
     return examples, counts
 
@@ -217,17 +246,3 @@ def template_fingerprint(tokenizer: Any) -> str:
     added = [(i, t.content, t.special) for i, t in sorted(tokenizer.added_tokens_decoder.items())]
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     return digest([tokenizer.chat_template, json.dumps(vocabulary), added, tokenizer.special_tokens_map])
-
-
-def highlight(tokenizer: Any, example: TokenizedExample) -> list[tuple[str, bool]]:
-    """The example as text, in stretches: what they say, and whether they are learned."""
-    text = tokenizer.decode(example.ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    segments, position, end = [], 0, 0
-    for learned, group in groupby(example.supervised.tolist()):
-        end += len(list(group))
-        upto = len(
-            tokenizer.decode(example.ids[:end].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        )
-        segments.append((text[position:upto], learned))
-        position = upto
-    return segments

@@ -2,23 +2,26 @@
 
 Nothing is known about the template. What it writes for the messages before an answer, with its generation prompt, is
 what the model is given when it is asked; so this must be how the text with the answer begins, and what follows, up to
-the end-of-turn token, is what the model has to produce. Where that does not hold, an error says what differs.
+the end-of-turn token, is what the model has to produce. Where that does not hold and the answer cannot be put behind
+what the model is given, an error says what differs.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 
 from attar.data.types import Conversation, Message
 from attar.errors import DataError, ModelError
 from attar.tokens.controls import Coder, Marks, coder, strings
+from attar.tokens.tooling import knows_tools
 
-__all__ = ["Turn", "Turns"]
+__all__ = ["Parts", "Turn", "Turns"]
 
 _GENERATION = re.compile(r"{%[-+]?\s*generation\b")
 # Private-use characters for marks and for a probe's content.
@@ -34,13 +37,22 @@ class Turn:
     index: int
     """of the message"""
     text: str
-    """the conversation from its beginning, this message the last"""
+    """what the model is given when it is asked for this message, and the message"""
     start: int
     """where in the text begins what the assistant produced"""
     end: int
     """behind the end-of-turn token"""
     quoted: frozenset[int]
     """where in the text control strings start that came from content"""
+
+
+class Parts(NamedTuple):
+    """Where in a turn's text its parts begin: first the reasoning, then these."""
+
+    text: int
+    call: int
+    end: int
+    """the end-of-turn token"""
 
 
 class Turns:
@@ -52,7 +64,8 @@ class Turns:
         template_kwargs: further variables of the template, as the student's server will give them.
 
     Raises:
-        ModelError: the tokenizer has no chat template, or is not a fast one.
+        ModelError: the tokenizer has no chat template, or one that leaves out the tools that the conversation has, or
+            is not a fast one.
     """
 
     def __init__(self, tokenizer: Any, conversation: Conversation, template_kwargs: Mapping[str, Any]) -> None:
@@ -68,6 +81,12 @@ class Turns:
                 "tokenizer.chat_template"
             ) from error
         self.coder: Coder = coder(tokenizer, self._template)
+        if self._tools and not knows_tools(tokenizer, self._variables):
+            raise ModelError(
+                f"{self._name} has {len(self._tools)} tools, and the chat template leaves them out, so a student would "
+                "learn to call what it does not see; give it a template that writes them: "
+                "attar.tokens.with_tools(tokenizer)"
+            )
         self._messages = self._with_arguments(conversation.messages)
 
     def turn(self, index: int) -> Turn:
@@ -85,10 +104,48 @@ class Turns:
             )
         text = self._render(self._messages[: index + 1], where)
         quoted = self._quoted(self._messages[: index + 1], text, where)
-        start = self._start(index, text, where)
+        prompt, start = self._start(index, text, where)
         end = self._end(index, text, start, quoted, where)
+        self._check_calls(index, text[start:end], where)
         self._check_markers(index, text, start, end, where)
-        return Turn(index, text, start, end, quoted)
+        if text.startswith(prompt):
+            return Turn(index, text, start, end, quoted)
+        before = self._quoted(self._messages[:index], prompt, where, prompt=True)
+        shift = len(prompt) - start
+        quoted = before | {place + shift for place in quoted if place >= start}
+        return Turn(index, prompt + text[start:], len(prompt), end + shift, quoted)
+
+    def parts(self, turn: Turn) -> Parts:
+        """Where the parts of an answer begin, by what changes in the text when the message's content does.
+
+        Markup counts to the part before it if that is reasoning or text, else to the part behind it. What a template
+        takes for reasoning within the content is text here: reasoning is what stands in its own field.
+
+        Raises:
+            DataError: the template refuses the message with other content.
+        """
+        where = f"{self._name}, messages[{turn.index}]"
+        before, message = self._messages[: turn.index], self._messages[turn.index]
+        calls, content = message.get("tool_calls"), message["content"]
+        stop = next(s for s, e in self.coder.occurrences(turn.text) if e == turn.end)
+        used = set(turn.text).union(self._template, *strings(before))
+        probe = next(chr(i) for i in _PRIVATE if chr(i) not in used)
+        probed = self._render([*before, {**message, "content": probe}], where)
+        written = probe in probed
+        if calls and not written:
+            # The template leaves the text beside calls out; so where would it stand if there were no calls?
+            plain = {field: value for field, value in message.items() if field != "tool_calls"}
+            probed = self._render([*before, {**plain, "content": probe}], where)
+        own, other = turn.text[turn.start :], probed[self._start(turn.index, probed, where)[1] :]
+        begin = min(turn.start + _shared(own, other), stop)
+        reasoning = (message.get("reasoning_content") or "").strip()
+        text = begin if reasoning and reasoning in turn.text[turn.start : begin] else turn.start
+        if not calls:
+            return Parts(text, stop, stop)
+        if not content.strip() or not written:
+            return Parts(text, text, stop)
+        behind = _shared(own[::-1], other[::-1])
+        return Parts(text, max(text, len(turn.text) - behind), stop)
 
     def asked(self) -> tuple[str, frozenset[int]]:
         """What the model is given when it is asked for the next message, and where control strings are content in it.
@@ -187,13 +244,23 @@ class Turns:
             "reasoning into reasoning_content and calls into tool_calls"
         )
 
-    def _start(self, index: int, text: str, where: str) -> int:
-        """Where the text goes on after what the model is given when it is asked."""
+    def _start(self, index: int, text: str, where: str) -> tuple[str, int]:
+        """What the model is given when it is asked, and where in the text with the answer its own begins.
+
+        Some templates write what came before in another way once an answer follows (Hermes: the end of the last tool's
+        result). There the answer is behind as many headers as what the model is given has.
+        """
         before = self._messages[:index]
         prompt = self._render(before, where, prompt=True)
-        if text.startswith(prompt) and prompt == self._render(before, where):
+        bare = self._render(before, where)
+        if text.startswith(prompt) and prompt == bare:
             prompt += self._header(before, prompt, where)
-        if not text.startswith(prompt):
+        if text.startswith(prompt):
+            return prompt, len(prompt)
+        header = prompt[len(bare) :] if prompt.startswith(bare) else ""
+        places = [match.end() for match in re.finditer(re.escape(header), text)] if header.strip() else []
+        headers = prompt.count(header) if header else 0
+        if len(places) < headers or not headers:
             same = _shared(prompt, text)
             raise DataError(
                 f"{where}: asked for this answer, the model is given ...{prompt[max(0, same - 30) :]!r}, but with the "
@@ -201,7 +268,7 @@ class Turns:
                 "another prompt than it is asked with. Give the message the reasoning that the template expects, set "
                 "the template's variables as the server does, or take another chat template"
             )
-        return len(prompt)
+        return prompt, places[headers - 1]
 
     def _header(self, before: list[dict[str, Any]], prompt: str, where: str) -> str:
         """What a template without generation prompt writes before any answer, to say whose it is."""
@@ -237,6 +304,16 @@ class Turns:
             f"{where}: the chat template writes no end-of-turn token after the answer: it ends with {text[-50:]!r}, "
             "so a student would never learn to stop; take a template that writes one, such as the EOS token"
         )
+
+    def _check_calls(self, index: int, produced: str, where: str) -> None:
+        """Refuse a template that leaves calls out: the answer would be learned without them."""
+        for call in self._messages[index].get("tool_calls") or ():
+            name = call["function"]["name"]
+            if name not in produced and json.dumps(name)[1:-1] not in produced:
+                raise DataError(
+                    f"{where}: the message calls {name!r}, and the chat template writes {produced[:60]!r} for it; give "
+                    "the tokenizer a template that writes calls: attar.tokens.with_tools(tokenizer)"
+                )
 
     def _check_markers(self, index: int, text: str, start: int, end: int, where: str) -> None:
         """Compare with the template's own ``{% generation %}`` markers, where it has them.

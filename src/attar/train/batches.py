@@ -12,10 +12,14 @@ from torch.utils.data import Dataset
 from attar.signals.language import SignalReader
 from attar.tokens import TokenizedExample
 
-__all__ = ["SIGNAL", "Collator", "Epochs", "SharedBatches", "TokenBudgetBatches", "TokenizedRows", "collate"]
+__all__ = ["SIGNAL", "WEIGHTS", "Collator", "Epochs", "SharedBatches", "TokenBudgetBatches", "TokenizedRows", "collate"]
 
 SIGNAL = "signal_"
 """batch keys that begin so hold the teacher's cached signals, one row a supervised token of the batch, in order"""
+
+WEIGHTS = "weights"
+"""batch key: how much each token counts, [batch, length]: above 0 where it is supervised, 0 elsewhere; absent where all
+that are supervised count 1"""
 
 # Lengths that differ by less than this share of themselves come in random order, so that an epoch's batches are not
 # those of the epoch before; it costs about a hundredth in padding.
@@ -228,7 +232,7 @@ def collate(rows: Sequence[tuple[int, TokenizedExample]], pad_token_id: int) -> 
     Returns:
         ``input_ids`` [batch, tokens], long; ``attention_mask`` [batch, tokens], long, 1 where a token is;
         ``supervised`` [batch, tokens], bool, True where a token is a target of the state before it; ``index``
-        [batch], long, the row numbers.
+        [batch], long, the row numbers; and ``weights`` [batch, tokens], float32, where an example has some.
 
     Raises:
         ValueError: there are no rows.
@@ -244,7 +248,13 @@ def collate(rows: Sequence[tuple[int, TokenizedExample]], pad_token_id: int) -> 
         attention_mask[number, : len(example)] = 1
         supervised[number, : len(example)] = torch.from_numpy(example.supervised)
     index = torch.tensor([row for row, _ in rows], dtype=torch.long)
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "supervised": supervised, "index": index}
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "supervised": supervised, "index": index}
+    if any(example.weights is not None for _, example in rows):
+        batch[WEIGHTS] = supervised.float()
+        for number, (_, example) in enumerate(rows):
+            if example.weights is not None:
+                batch[WEIGHTS][number, : len(example)] = torch.from_numpy(example.weights)
+    return batch
 
 
 class Collator:

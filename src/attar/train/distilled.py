@@ -19,7 +19,7 @@ from attar.losses.projectors import build_projectors, projector_key
 from attar.taps import Taps, resolve
 from attar.train.objectives import LABELS, TEACHER, AnyObjective, Feature, Logit, Objective, Response
 
-__all__ = ["AnyModule", "Distilled", "Values"]
+__all__ = ["AnyModule", "Distilled", "Values", "at"]
 
 Batch = Mapping[str, Tensor]
 
@@ -108,7 +108,8 @@ class Distilled(nn.Module):
         Args:
             batch: the student's inputs, and the targets.
             denominators: [objectives], what each sum is divided by: the supervised items of the whole optimiser step,
-                so that neither accumulation nor the number of processes changes the gradient; None for this batch's.
+                or the sum of their weights, so that neither accumulation nor the number of processes changes the
+                gradient; None for this batch's.
             only: the number of the one objective to compute, without its weight; None for all.
 
         Raises:
@@ -121,14 +122,14 @@ class Distilled(nn.Module):
             on_outputs = {n: weight for n, weight in chosen.items() if n not in self._pairs}
             total, values = self._on_outputs(batch, outputs, on_outputs, denominators)
             for number in features:
-                value = self._feature(number, batch, ours, theirs, _at(denominators, number))
+                value = self._feature(number, batch, ours, theirs, at(denominators, number))
                 total, values[number] = total + chosen[number] * value, value.detach()
         zero = total.new_zeros(())
         return Values(total, torch.stack([values.get(n, zero).to(total.dtype) for n in range(len(self.objectives))]))
 
     @abstractmethod
     def supervised(self, batch: Batch) -> list[Tensor]:
-        """What each objective's mean is over: a bool mask an objective."""
+        """What each objective's mean is over, a tensor an objective: a bool mask, or weights of at least 0."""
 
     @abstractmethod
     def _run(self, batch: Batch) -> Any:
@@ -143,6 +144,10 @@ class Distilled(nn.Module):
     @abstractmethod
     def _rows(self, batch: Batch, values: Tensor) -> Tensor:
         """A feature loss's values, one an item of ``supervised``."""
+
+    def _weights(self, batch: Batch) -> Tensor | None:
+        """How much each item of ``supervised`` counts, [items]; None for 1."""
+        return None
 
     @abstractmethod
     def _layer(self, batch: Batch, layers: Taps | None, path: str, ranks: tuple[int, ...]) -> Tensor:
@@ -195,7 +200,9 @@ class Distilled(nn.Module):
             if key in self.projectors:
                 student = self.projectors[key](student.to(_dtype(self.projectors[key], student)))
             values = self._rows(batch, loss(student, teacher.to(student.device), self._mask(batch, student)))
-            total = total + masked_mean(values, torch.ones_like(values, dtype=torch.bool), denominator)
+            weights = self._weights(batch)
+            weights = torch.ones_like(values, dtype=torch.bool) if weights is None else weights
+            total = total + masked_mean(values, weights, denominator)
         return total / len(matched)  # type: ignore[no-any-return]
 
 
@@ -235,7 +242,7 @@ class AnyModule(Distilled):
             objective = self.objectives[number]
             assert isinstance(objective, Objective)
             _check_targets(objective, batch, live=False)
-            mask, denominator = objective.supervised(batch), _at(denominators, number)
+            mask, denominator = objective.supervised(batch), at(denominators, number)
             if denominator is None and not bool(mask.any()):
                 continue
             value = masked_mean(objective.values(logits, batch), mask, denominator)
@@ -265,9 +272,12 @@ class _Nothing:
         return None
 
 
-def _at(denominators: Tensor | None, number: int) -> Tensor | None:
+def at(denominators: Tensor | None, number: int) -> Tensor | None:
     """An objective's denominator; one that supervises nothing in the whole step divides 0 by 1."""
-    return None if denominators is None else denominators[number].clamp(min=1)
+    if denominators is None:
+        return None
+    denominator = denominators[number]
+    return torch.where(denominator == 0, torch.ones_like(denominator), denominator)
 
 
 def _dtype(module: nn.Module, tensor: Tensor) -> torch.dtype:

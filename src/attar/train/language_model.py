@@ -13,8 +13,8 @@ from attar.engines.heads import decoder_path, head_of, hidden_states, plain_mode
 from attar.errors import CapabilityError, DataError
 from attar.losses import CrossEntropyTerm, Divergence, DivergenceTerm, Head, SampledTerm, Term, TopKTerm, projected_loss
 from attar.taps import Taps
-from attar.train.batches import SIGNAL
-from attar.train.distilled import Batch, Distilled
+from attar.train.batches import SIGNAL, WEIGHTS
+from attar.train.distilled import Batch, Distilled, at
 from attar.train.objectives import AnyObjective, Logit, Response
 from attar.train.sharding import whole, whole_in_forward
 
@@ -60,6 +60,8 @@ class _Outputs(NamedTuple):
 class LanguageModel(Distilled):
     """See ``Distilled``; batches hold ``input_ids`` [batch, length], padded on the right, and ``supervised``.
 
+    Where they hold ``weights`` as well, each mean over supervised tokens is a weighted one: sum(w l) / sum(w).
+
     Args:
         student: a ``transformers`` causal language model, or a PEFT model around one.
         objectives: at least one.
@@ -100,13 +102,16 @@ class LanguageModel(Distilled):
         plain_model(self.student).tie_weights()
 
     def supervised(self, batch: Batch) -> list[Tensor]:
-        """The supervised tokens, the same for every objective."""
+        """The supervised tokens, or their weights, the same for every objective."""
         if SUPERVISED not in batch:
             raise DataError(
                 f"the batch of a causal language model has no {SUPERVISED!r}, it holds {', '.join(batch)}; give rows "
                 "of attar.tokens.encode_conversations, or a collator that marks the targets"
             )
-        return [batch[SUPERVISED][:, 1:]] * len(self.objectives)
+        return [batch.get(WEIGHTS, batch[SUPERVISED])[:, 1:]] * len(self.objectives)
+
+    def _weights(self, batch: Batch) -> Tensor | None:
+        return batch[WEIGHTS][:, 1:][batch[SUPERVISED][:, 1:]] if WEIGHTS in batch else None
 
     def _inner(self, module: nn.Module) -> nn.Module:
         inner: nn.Module = plain_model(module.model if isinstance(module, _States) else module)
@@ -134,10 +139,9 @@ class LanguageModel(Distilled):
         if not chosen:
             return outputs.states.new_zeros(()), {}
         targets = batch["input_ids"][:, 1:][batch[SUPERVISED][:, 1:]]
-        terms = []
+        terms, weights = [], self._weights(batch)
         for number, weight in chosen.items():
-            denominator = None if denominators is None else denominators[number].clamp(min=1)
-            common = {"denominator": denominator, "coefficient": weight}
+            common = {"weights": weights, "denominator": at(denominators, number), "coefficient": weight}
             terms.append(self._term(self.objectives[number], batch, outputs, targets, common))
         loss = projected_loss(outputs.states, self._whole_head(), terms)
         return loss.total, dict(zip(chosen, loss.terms, strict=True))

@@ -34,6 +34,7 @@ class DistillationTrainer(Trainer):
 
     The loss is the sum over objectives of weight times the mean over the examples, or tokens, that the objective
     supervises in the whole optimiser step, so neither accumulation nor the number of processes changes the gradient.
+    Where tokens have weights the mean is a weighted one, over the sum of the step's weights.
     Each objective's value is logged as ``loss_<name>``, and at each evaluation the norm of its gradient on one
     micro-batch, without its weight, as ``gradient_<name>``: weights can be chosen by them.
 
@@ -130,11 +131,13 @@ class DistillationTrainer(Trainer):
         return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
-        """Items that each objective supervises in this optimiser step on all processes, [objectives]."""
+        """What each objective supervises in this optimiser step on all processes: items, or weights, [objectives]."""
         self._steps += 1
-        counts = torch.zeros(len(self.objectives), dtype=torch.long, device=device)
+        # In float64, which counts exactly; and one process may have weights where another has none.
+        counts = torch.zeros(len(self.objectives), dtype=torch.float64, device=device)
         for batch in batch_samples:
-            counts += torch.stack([mask.sum().to(device) for mask in self.distilled.supervised(batch)])
+            sums = [mask.sum(dtype=torch.float64) for mask in self.distilled.supervised(batch)]
+            counts += torch.stack(sums).to(device)
         if self.args.world_size > 1:
             counts = self.accelerator.gather(counts[None]).sum(0)
         return counts
@@ -214,12 +217,13 @@ class DistillationTrainer(Trainer):
                 values = model(batch, ones).each
                 if number < shared.own:
                     sums += values.double().cpu()
-                    counts += torch.tensor([float(mask.sum()) for mask in self.distilled.supervised(batch)])
+                    masks = self.distilled.supervised(batch)
+                    counts += torch.stack([mask.sum(dtype=torch.float64).cpu() for mask in masks])
         if self.args.world_size > 1:
             both = torch.stack([sums, counts])[None].to(self.args.device)
             sums, counts = self.accelerator.gather(both).sum(0).cpu()
         model.train(training)
-        means = sums / counts.clamp(min=1)
+        means = sums / counts.masked_fill(counts == 0, 1.0)
         weights = torch.tensor([objective.weight for objective in self.objectives], dtype=torch.float64)
         metrics = {f"{prefix}_loss": float((weights * means).sum())}
         return metrics | {f"{prefix}_{n}": float(v) for n, v in zip(self._names, means, strict=True)}
