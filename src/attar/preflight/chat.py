@@ -36,6 +36,7 @@ from attar.train.chat import objectives_of
 from attar.train.language_model import LanguageModel
 from attar.train.memory import Decoder, estimate
 from attar.train.objectives import Logit, Response
+from attar.train.writing import context_of, learned_starts
 
 __all__ = ["check"]
 
@@ -75,6 +76,7 @@ def check(recipe: ChatRecipe) -> list[Finding]:
             return findings
         findings += _tokens(recipe, student.tokenizer, splits)
         findings += _memory(recipe, teacher, student, splits["train"])
+        findings += _on_policy(recipe, student, splits["train"])
         if teacher is not None:
             findings += _one_batch(recipe, teacher, tokenizer, student, splits["train"])
         else:
@@ -109,7 +111,7 @@ def _memory(
         return
     examples = encode(recipe, student.tokenizer, conversations)[0]
     lengths = [len(example) for example in examples]
-    tokens = max(recipe.train.tokens_per_batch, *lengths)
+    tokens = max(recipe.train.tokens_per_batch, *lengths, _longest_written(recipe, examples))
     learned = sum(int(example.supervised.sum()) for example in examples)
     trained = sum(p.numel() for p in student.model.parameters() if p.requires_grad)
     weight_bytes = next(student.model.parameters()).element_size()
@@ -135,6 +137,34 @@ def _memory(
         f"a training step takes about {step.total / 1e9:.1f} GB on one device (most at the {step.moment}), "
         f"{free / 1e9:.1f} GB are free" + ("" if fits else f"; {cure}, or shard it (train.accelerate)"),
     )
+
+
+def _longest_written(recipe: ChatRecipe, examples: list[TokenizedExample]) -> int:
+    """Tokens of the longest example that the student may write; 0 where it writes none."""
+    wanted = recipe.distill.on_policy
+    return max(max(learned_starts(e)) for e in examples) + wanted.max_new_tokens if wanted.share else 0
+
+
+def _on_policy(recipe: ChatRecipe, student: Student, conversations: list[Conversation]) -> Iterator[Finding]:
+    """What the student will write, at most, and whether its model reads that far."""
+    wanted = recipe.distill.on_policy
+    if not wanted.share:
+        return
+    examples = encode(recipe, student.tokenizer, conversations)[0]
+    answers = round(wanted.share * recipe.train.epochs * len(examples))
+    yield Finding(
+        "ok",
+        f"on-policy: the student writes {wanted.share:.0%} of its batches, about {answers:,} answers of at most "
+        f"{wanted.max_new_tokens} tokens; they are at most {wanted.refresh - 1} steps old",
+    )
+    longest, context = _longest_written(recipe, examples), context_of(student.model)
+    if context is not None and longest > context:
+        none_left = longest - wanted.max_new_tokens >= context
+        yield Finding(
+            "refuse" if none_left else "warn",
+            f"on-policy: the longest prompt has {longest - wanted.max_new_tokens} tokens and the student reads "
+            f"{context}; " + ("lower curate.max_tokens" if none_left else "its answer is cut there"),
+        )
 
 
 def _free(model: Any) -> int:

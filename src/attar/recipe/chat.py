@@ -187,11 +187,52 @@ class Signals(Part):
         return self
 
 
+class OnPolicy(Part):
+    """Batches that the student writes itself after recorded prompts; the teacher scores its tokens (GKD)."""
+
+    share: float = Field(default=0.0, ge=0, le=1, strict=False)
+    """of the batches, GKD's lambda; 0: recorded conversations alone"""
+    refresh: Positive = 1
+    """steps whose prompts are answered together, so that what is learned is at most so many less 1 old"""
+    temperature: float = Field(default=1.0, gt=0, strict=False)
+    """at which the student writes"""
+    max_new_tokens: Positive = 128
+    """an answer is cut there, and has no end to learn"""
+
+    @model_validator(mode="after")
+    def _used(self) -> OnPolicy:
+        if self.share == 0:
+            for key, field in type(self).model_fields.items():
+                # Compared, as a resolved recipe spells every default out.
+                if getattr(self, key) != field.default:
+                    raise ValueError(
+                        f"distill.on_policy.{key}: it is {getattr(self, key)}, and nothing is written at share 0; set "
+                        "share, or leave it out"
+                    )
+        return self
+
+
 class Distill(Part):
     """What the student learns from the teacher."""
 
     objectives: tuple[Objective, ...] = Field(default=(Logit(kind="logit"),), min_length=1, strict=False)
     signals: Signals = Signals()
+    on_policy: OnPolicy = OnPolicy()
+
+    @model_validator(mode="after")
+    def _learnable(self) -> Distill:
+        kinds = {objective.kind for objective in self.objectives}
+        if self.on_policy.share > 0 and kinds == {"response"}:
+            raise ValueError(
+                "distill.on_policy.share: what the student writes is learned by the teacher's probabilities, and every "
+                "objective is of kind response; add one of kind logit"
+            )
+        if self.on_policy.share == 1 and "response" in kinds:
+            raise ValueError(
+                "distill.on_policy.share: at 1 no recorded batch is left for the objective of kind response; lower it, "
+                "or leave the objective out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _possible(self) -> Distill:
@@ -271,6 +312,17 @@ class ChatRecipe(Recipe):
                 f"distill.signals.kind: {signals.kind} signals hold ids of the teacher's whole vocabulary, and "
                 "student.shrink.vocabulary is trim; set kind: hidden, or source: live"
             )
+        if self.distill.on_policy.share > 0 and signals.source == "cached":
+            if not self.teacher.model.startswith("openai:"):
+                raise ValueError(
+                    f"distill.signals.source: cached signals ({signals.kind}) are of recorded tokens, and with "
+                    "distill.on_policy.share the student writes others; set source: live"
+                )
+            if signals.kind != "top_k":
+                raise ValueError(
+                    f"distill.signals.kind: {signals.kind} signals cannot be asked of {self.teacher.model} for what "
+                    "the student writes (distill.on_policy.share); set kind: top_k"
+                )
         if self.student.model is not None and not self.student.model.startswith("hf:"):
             raise ValueError(f"student.model: {self.student.model!r} is not `hf:FOLDER`")
         return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -77,7 +77,9 @@ def _open_store(recipe: ChatRecipe, run: Run, tokenizer: Any, kind: SignalKind) 
     )
 
 
-def open_reader(recipe: ChatRecipe, run: Run, tokenizer: Any, vocabulary: int) -> SignalReader:
+def open_reader(
+    recipe: ChatRecipe, run: Run, tokenizer: Any, vocabulary: int, beside: Mapping[str, Packed] | None = None
+) -> SignalReader:
     """Read the signals of a run.
 
     Args:
@@ -85,12 +87,13 @@ def open_reader(recipe: ChatRecipe, run: Run, tokenizer: Any, vocabulary: int) -
         run: its folder.
         tokenizer: the teacher's.
         vocabulary: its size, padding rows not counted.
+        beside: see ``SignalReader``.
 
     Raises:
         WorkspaceError: they were made by another teacher, with another tokenizer or template, or for other objectives.
     """
     kind = signal_kind(recipe)
-    return SignalReader(_open_store(recipe, run, tokenizer, kind), kind, vocabulary)
+    return SignalReader(_open_store(recipe, run, tokenizer, kind), kind, vocabulary, beside)
 
 
 def _examples(recipe: ChatRecipe, run: Run, tokenizer: Any) -> list[TokenizedExample]:

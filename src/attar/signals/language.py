@@ -130,10 +130,14 @@ class SignalReader:
         store: of one kind.
         kind: which.
         vocabulary: of the teacher.
+        beside: signals that are in no store, by example; looked into first. It may change between two reads.
     """
 
-    def __init__(self, store: SignalStore, kind: SignalKind, vocabulary: int) -> None:
+    def __init__(
+        self, store: SignalStore, kind: SignalKind, vocabulary: int, beside: Mapping[str, Packed] | None = None
+    ) -> None:
         self._store, self._kind, self._vocabulary = store, kind, vocabulary
+        self._beside: Mapping[str, Packed] = {} if beside is None else beside
 
     def head(self) -> Head | None:
         """The teacher's head, of hidden states."""
@@ -156,7 +160,9 @@ class SignalReader:
         Raises:
             WorkspaceError: an example has no signal, its bytes are damaged, or they are of other tokens.
         """
-        records = self._store.read([example.id for example in examples])
+        stored = self._store.read([example.id for example in examples if example.id not in self._beside])
+        rest = iter(stored)
+        records = [self._beside[e.id] if e.id in self._beside else next(rest) for e in examples]
         tables: dict[str, list[Tensor]] = {}
         for example, record in zip(examples, records, strict=True):
             table = self._unpacked(record)

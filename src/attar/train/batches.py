@@ -12,8 +12,21 @@ from torch.utils.data import Dataset
 from attar.signals.language import SignalReader
 from attar.tokens import TokenizedExample
 
-__all__ = ["SIGNAL", "WEIGHTS", "Collator", "Epochs", "SharedBatches", "TokenBudgetBatches", "TokenizedRows", "collate"]
+__all__ = [
+    "SIGNAL",
+    "WEIGHTS",
+    "WRITTEN",
+    "Collator",
+    "Epochs",
+    "SharedBatches",
+    "TokenBudgetBatches",
+    "TokenizedRows",
+    "WrittenExample",
+    "collate",
+]
 
+WRITTEN = "written"
+"""batch key: which rows the student wrote itself, bool [batch]; absent where it wrote none"""
 SIGNAL = "signal_"
 """batch keys that begin so hold the teacher's cached signals, one row a supervised token of the batch, in order"""
 
@@ -24,6 +37,10 @@ that are supervised count 1"""
 # Lengths that differ by less than this share of themselves come in random order, so that an epoch's batches are not
 # those of the epoch before; it costs about a hundredth in padding.
 _JITTER = 0.02
+
+
+class WrittenExample(TokenizedExample):
+    """An example whose supervised tokens the student wrote: no reference, so that hard targets leave it out."""
 
 
 class TokenizedRows(Dataset[tuple[int, TokenizedExample]]):
@@ -232,7 +249,8 @@ def collate(rows: Sequence[tuple[int, TokenizedExample]], pad_token_id: int) -> 
     Returns:
         ``input_ids`` [batch, tokens], long; ``attention_mask`` [batch, tokens], long, 1 where a token is;
         ``supervised`` [batch, tokens], bool, True where a token is a target of the state before it; ``index``
-        [batch], long, the row numbers; and ``weights`` [batch, tokens], float32, where an example has some.
+        [batch], long, the row numbers; ``weights`` [batch, tokens], float32, where an example has some; and ``written``
+        [batch], bool, where a row is a :class:`WrittenExample`.
 
     Raises:
         ValueError: there are no rows.
@@ -254,7 +272,8 @@ def collate(rows: Sequence[tuple[int, TokenizedExample]], pad_token_id: int) -> 
         for number, (_, example) in enumerate(rows):
             if example.weights is not None:
                 batch[WEIGHTS][number, : len(example)] = torch.from_numpy(example.weights)
-    return batch
+    written = torch.tensor([isinstance(example, WrittenExample) for _, example in rows])
+    return batch | {WRITTEN: written} if bool(written.any()) else batch
 
 
 class Collator:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,15 @@ from transformers.utils import logging
 
 from attar.data.conversations import read_conversations
 from attar.engines.heads import check_head, head_of
-from attar.engines.load import teacher_tokenizer
+from attar.engines.load import served, teacher_tokenizer
 from attar.engines.local import resolve_device
+from attar.engines.served import load_served
 from attar.errors import MissingExtra, RecipeError, RunError
 from attar.progress import Silent, Step, track
 from attar.recipe import ChatRecipe
-from attar.signals.chat import open_reader
+from attar.signals.chat import open_reader, signal_kind
+from attar.signals.packing import Packed
+from attar.signals.served import ask_served, refuse_unfit, vocabulary_size
 from attar.students.adapt import add_lora
 from attar.students.export_lm import merge
 from attar.students.language import (
@@ -37,7 +42,9 @@ from attar.tokens import TokenizedExample
 from attar.train.batches import Collator, TokenizedRows
 from attar.train.language_model import LanguageModel
 from attar.train.objectives import AnyObjective, Feature, Logit, Response
+from attar.train.onpolicy import OnPolicyRows
 from attar.train.trainer import DistillationTrainer, last_checkpoint
+from attar.train.writing import Sampling, ends_of
 from attar.workspace import Run, replace_folder, write_json
 
 __all__ = ["fit", "objectives_of", "train"]
@@ -186,6 +193,11 @@ def fit(recipe: ChatRecipe, run: Run, arm: str, seed: int) -> None:
 
     Runs in every process of a distributed run; the main one writes ``models/<arm>/seed-<k>``.
     """
+    with contextlib.ExitStack() as open_servers:
+        _fit(recipe, run, arm, seed, open_servers)
+
+
+def _fit(recipe: ChatRecipe, run: Run, arm: str, seed: int, open_servers: contextlib.ExitStack) -> None:
     objectives = objectives_of(recipe, arm)
     work = run.path("work", arm, f"seed-{seed}")
     student, tokenizer, kept = load_base(recipe, run, seed)
@@ -193,13 +205,18 @@ def fit(recipe: ChatRecipe, run: Run, arm: str, seed: int) -> None:
     for split in ("train", "val"):
         examples[split], counts = encode(recipe, tokenizer, _conversations(run, split))
         run.progress.note(f"  {split}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items() if n))
+    rows = {split: TokenizedRows(found, recipe.train.tokens_per_batch) for split, found in examples.items()}
+    written: dict[str, Packed] | None = None
+    if recipe.distill.on_policy.share > 0 and arm == "student":
+        rows["train"] = own = _on_policy_rows(recipe, student, tokenizer, examples["train"], open_servers)
+        written = own.records
     teacher, reader = None, None
     if any(not isinstance(objective, Response) for objective in objectives):
         if recipe.distill.signals.source == "live":
             teacher, _ = load_teacher_model(recipe)
         else:
             teachers = tokenizer if kept is None else teacher_tokenizer(recipe)
-            reader = open_reader(recipe, run, teachers, head_of(student, tokenizer).size)
+            reader = open_reader(recipe, run, teachers, head_of(student, tokenizer).size, written)
     temperature = next((o.temperature for o in objectives if isinstance(o, Logit)), 1.0)
     model = LanguageModel(
         student,
@@ -213,7 +230,6 @@ def fit(recipe: ChatRecipe, run: Run, arm: str, seed: int) -> None:
     if recipe.train.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     arguments = _arguments(recipe, work, seed)
-    rows = {split: TokenizedRows(found, recipe.train.tokens_per_batch) for split, found in examples.items()}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     try:
         trainer = DistillationTrainer(
@@ -244,6 +260,38 @@ def fit(recipe: ChatRecipe, run: Run, arm: str, seed: int) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
+def _on_policy_rows(
+    recipe: ChatRecipe,
+    student: Any,
+    tokenizer: Any,
+    examples: Sequence[TokenizedExample],
+    open_servers: contextlib.ExitStack,
+) -> OnPolicyRows:
+    """What the student is trained on where it writes a share of it; a served teacher is asked about that."""
+    wanted = recipe.distill.on_policy
+    ask, longest = None, None
+    if served(recipe):
+        kind = signal_kind(recipe)
+        engine = open_servers.enter_context(contextlib.closing(load_served(recipe.teacher, vocabulary_size(tokenizer))))
+        refuse_unfit(recipe, engine, kind)
+        ask = partial(ask_served, engine, kind=kind)
+        # One token of its room is its answer.
+        longest = None if engine.max_tokens is None else engine.max_tokens - 1
+    return OnPolicyRows(
+        examples,
+        recipe.train.tokens_per_batch,
+        sampling=Sampling(
+            ends=ends_of(tokenizer, student, examples),
+            max_new_tokens=wanted.max_new_tokens,
+            temperature=wanted.temperature,
+            longest=longest,
+        ),
+        share=wanted.share,
+        refresh=wanted.refresh,
+        ask=ask,
+    )
+
+
 def _resume_from(work: Path, arguments: TrainingArguments) -> Path | None:
     """The last whole checkpoint; what was cut off after it is removed."""
     start = last_checkpoint(work)
@@ -255,10 +303,10 @@ def _resume_from(work: Path, arguments: TrainingArguments) -> Path | None:
 
 
 def _curves(history: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
-    kept = ("loss", "grad_norm")
+    kept, families = ("loss", "grad_norm"), ("loss_", "eval_", "gradient_", "on_policy_")
     points: dict[int, dict[str, float]] = {}
     for entry in history:
-        values = {k: v for k, v in entry.items() if k in kept or k.startswith(("loss_", "eval_", "gradient_"))}
+        values = {k: v for k, v in entry.items() if k in kept or k.startswith(families)}
         if values:
             points.setdefault(entry["step"], {"step": entry["step"]}).update(values)
     return [points[step] for step in sorted(points)]

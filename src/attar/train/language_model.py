@@ -11,9 +11,19 @@ from torch import Tensor, nn
 
 from attar.engines.heads import decoder_path, head_of, hidden_states, plain_model
 from attar.errors import CapabilityError, DataError
-from attar.losses import CrossEntropyTerm, Divergence, DivergenceTerm, Head, SampledTerm, Term, TopKTerm, projected_loss
+from attar.losses import (
+    IGNORED,
+    CrossEntropyTerm,
+    Divergence,
+    DivergenceTerm,
+    Head,
+    SampledTerm,
+    Term,
+    TopKTerm,
+    projected_loss,
+)
 from attar.taps import Taps
-from attar.train.batches import SIGNAL, WEIGHTS
+from attar.train.batches import SIGNAL, WEIGHTS, WRITTEN
 from attar.train.distilled import Batch, Distilled, at
 from attar.train.objectives import AnyObjective, Logit, Response
 from attar.train.sharding import whole, whole_in_forward
@@ -102,13 +112,15 @@ class LanguageModel(Distilled):
         plain_model(self.student).tie_weights()
 
     def supervised(self, batch: Batch) -> list[Tensor]:
-        """The supervised tokens, or their weights, the same for every objective."""
+        """The supervised tokens or their weights; of hard targets only those that the student did not write itself."""
         if SUPERVISED not in batch:
             raise DataError(
                 f"the batch of a causal language model has no {SUPERVISED!r}, it holds {', '.join(batch)}; give rows "
                 "of attar.tokens.encode_conversations, or a collator that marks the targets"
             )
-        return [batch.get(WEIGHTS, batch[SUPERVISED])[:, 1:]] * len(self.objectives)
+        every = batch.get(WEIGHTS, batch[SUPERVISED])[:, 1:]
+        recorded = every * ~batch[WRITTEN][:, None] if WRITTEN in batch else every
+        return [recorded if isinstance(objective, Response) else every for objective in self.objectives]
 
     def _weights(self, batch: Batch) -> Tensor | None:
         return batch[WEIGHTS][:, 1:][batch[SUPERVISED][:, 1:]] if WEIGHTS in batch else None
@@ -143,10 +155,10 @@ class LanguageModel(Distilled):
         for number, weight in chosen.items():
             common = {"weights": weights, "denominator": at(denominators, number), "coefficient": weight}
             terms.append(self._term(self.objectives[number], batch, outputs, targets, common))
-        loss = projected_loss(outputs.states, self._whole_head(), terms)
+        loss = projected_loss(outputs.states, self.whole_head(), terms)
         return loss.total, dict(zip(chosen, loss.terms, strict=True))
 
-    def _whole_head(self) -> Head:
+    def whole_head(self) -> Head:
         """The student's head with the weights of this forward: FSDP2 puts whole ones in the sharded ones' place."""
         layer = plain_model(self.student).get_output_embeddings()
         bias = None if layer.bias is None else whole_in_forward(layer.bias)
@@ -156,6 +168,9 @@ class LanguageModel(Distilled):
         self, objective: AnyObjective, batch: Batch, outputs: _Outputs, targets: Tensor, common: Mapping[str, Any]
     ) -> Term:
         if isinstance(objective, Response):
+            if WRITTEN in batch:
+                own = batch[WRITTEN][:, None].expand_as(batch[SUPERVISED])[:, 1:][batch[SUPERVISED][:, 1:]]
+                targets = targets.masked_fill(own, IGNORED)
             return CrossEntropyTerm(targets, **common)
         if not isinstance(objective, Logit):
             raise CapabilityError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,14 @@ from transformers.utils import strtobool
 
 from attar.errors import DataError, TrainingError
 from attar.train.batches import Epochs, SharedBatches, TokenBudgetBatches
+from attar.train.checkpoints import COMPLETE, another_model, last_checkpoint, untied
 from attar.train.distilled import AnyModule, Distilled
 from attar.train.language_model import LanguageModel, is_language_model
 from attar.train.objectives import AnyObjective, Feature
+from attar.train.onpolicy import OnPolicyRows
 from attar.train.sharding import check_launch, is_sharded, keep_precision, spread_teacher
 
 __all__ = ["DistillationTrainer", "last_checkpoint"]
-
-# Written last into a checkpoint: one without it was cut off and is not resumed from.
-COMPLETE = "complete"
 
 
 class DistillationTrainer(Trainer):
@@ -82,9 +81,12 @@ class DistillationTrainer(Trainer):
         self.objectives = distilled.objectives
         self.loss_is_scaled_for_ga = True
         self.distilled = distilled
-        # Since the last log: each objective's share of this process, summed over steps, and how many these are.
+        # Since the last log: each objective's share of this process, summed over steps, and how many of these had
+        # something for it to learn.
         self._sums = torch.zeros(len(self.objectives), dtype=torch.float64)
-        self._steps = 0
+        self._steps = torch.zeros(len(self.objectives), dtype=torch.float64)
+        rows = self.train_dataset
+        self._on_policy = rows if isinstance(rows, OnPolicyRows) and rows.share else None
         self._all_batches: Epochs | None = None
         self._names = _unique([objective.name for objective in self.objectives])
         check_launch(self.accelerator, asked_fsdp=strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false")))
@@ -111,7 +113,8 @@ class DistillationTrainer(Trainer):
         lengths = getattr(self.train_dataset, "lengths", None)
         if lengths is None:
             return 1.0
-        batches = list(self.get_train_dataloader().batch_sampler or ())
+        self.get_train_dataloader()
+        batches = list(self._all_batches or ())
         padded: int = sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
         real: int = sum(lengths[row] for batch in batches for row in batch)
         return real / padded
@@ -132,7 +135,6 @@ class DistillationTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """What each objective supervises in this optimiser step on all processes: items, or weights, [objectives]."""
-        self._steps += 1
         # In float64, which counts exactly; and one process may have weights where another has none.
         counts = torch.zeros(len(self.objectives), dtype=torch.float64, device=device)
         for batch in batch_samples:
@@ -140,6 +142,7 @@ class DistillationTrainer(Trainer):
             counts += torch.stack(sums).to(device)
         if self.args.world_size > 1:
             counts = self.accelerator.gather(counts[None]).sum(0)
+        self._steps += (counts > 0).cpu()
         return counts
 
     def compute_loss(
@@ -159,6 +162,8 @@ class DistillationTrainer(Trainer):
             )
         if model.training:
             self._sums += values.each.double().cpu()
+            if self._on_policy is not None and num_items_in_batch is not None:
+                self._on_policy.learned(inputs, values.each, num_items_in_batch)
         # DDP and FSDP average the gradients of the processes, and the denominators already count all of them.
         processes = self.args.world_size if num_items_in_batch is not None else 1
         loss = total * processes if processes > 1 else total
@@ -260,15 +265,19 @@ class DistillationTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log each objective on its own, as the mean over the steps since the last log."""
         if "loss" in logs:
-            sums = self._sums
-            if self.args.world_size > 1:
-                sums = self.accelerator.gather(sums[None].to(self.args.device)).sum(0).cpu()
-            means = (sums / max(1, self._steps)).tolist()
-            logs |= {f"loss_{name}": mean for name, mean in zip(self._names, means, strict=True)}
-            self._sums, self._steps = torch.zeros_like(self._sums), 0
+            means = self._over_processes(self._sums) / self._steps
+            logs |= {f"loss_{n}": v for n, v in zip(self._names, means.tolist(), strict=True) if v == v}
+            self._sums, self._steps = torch.zeros_like(self._sums), torch.zeros_like(self._steps)
+            if self._on_policy is not None:
+                logs |= self._on_policy.figures(self._over_processes(self._on_policy.counted()))
         if self._all_batches is not None and self.state.max_steps > 0:
             self.state.epoch = self._all_batches.epochs * self.state.global_step / self.state.max_steps
         super().log(logs, *args, **kwargs)
+
+    def _over_processes(self, sums: Tensor) -> Tensor:
+        if self.args.world_size == 1:
+            return sums
+        return self.accelerator.gather(sums[None].to(self.args.device)).sum(0).cpu()  # type: ignore[no-any-return]
 
     # Batches by a budget of tokens
 
@@ -287,7 +296,10 @@ class DistillationTrainer(Trainer):
         batches = self._token_batches(self.train_dataset, lengths)
         micro_batches = args.max_steps * args.gradient_accumulation_steps if args.max_steps > 0 else None
         self._all_batches = Epochs(batches, args.num_train_epochs, micro_batches)
-        return self._loader(self.train_dataset, self._all_batches)
+        if self._on_policy is None:
+            return self._loader(self.train_dataset, self._all_batches)
+        mixed = self._on_policy.begin(self._all_batches, self.distilled, self.args, self.accelerator, self._names)
+        return self._loader(self.train_dataset, mixed)
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
         """As the Trainer's; batches by tokens are all epochs' in a row."""
@@ -322,7 +334,7 @@ class DistillationTrainer(Trainer):
             rank=self.args.process_index,
         )
 
-    def _loader(self, dataset: Any, batches: Epochs | SharedBatches) -> DataLoader[Any]:
+    def _loader(self, dataset: Any, batches: Epochs | SharedBatches | list[list[int]]) -> DataLoader[Any]:
         return DataLoader(
             dataset,
             batch_sampler=batches,
@@ -340,7 +352,7 @@ class DistillationTrainer(Trainer):
 
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        state = _untied(self.distilled, self.distilled.state_dict() if state_dict is None else state_dict)
+        state = untied(self.distilled, self.distilled.state_dict() if state_dict is None else state_dict)
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -349,21 +361,24 @@ class DistillationTrainer(Trainer):
         except RuntimeError as error:
             if "size mismatch" not in str(error):
                 raise
-            raise _another_model(resume_from_checkpoint, str(error).splitlines()[-1].strip()) from error
+            raise another_model(resume_from_checkpoint, str(error).splitlines()[-1].strip()) from error
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Tied weights are stored once, so the others are missing by design; all else is an error."""
         folder = self.args.output_dir
         missing = [
-            key for key in _untied(self.distilled, self.distilled.state_dict()) if key in load_result.missing_keys
+            key for key in untied(self.distilled, self.distilled.state_dict()) if key in load_result.missing_keys
         ]
         if load_result.unexpected_keys:
-            raise _another_model(folder, f"it holds {load_result.unexpected_keys[0]}, which this model does not have")
+            raise another_model(folder, f"it holds {load_result.unexpected_keys[0]}, which this model does not have")
         if missing:
-            raise _another_model(folder, f"it does not hold {missing[0]}, which this model has")
+            raise another_model(folder, f"it does not hold {missing[0]}, which this model has")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        if self._on_policy is not None:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            self._on_policy.save(folder, self.args.process_index, self.args.world_size)
         # Every process writes a part.
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -387,17 +402,8 @@ class DistillationTrainer(Trainer):
                 f"start so many processes that they divide {then}"
             )
         super()._load_optimizer_and_scheduler(checkpoint)
-
-
-def _untied(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A module's weights by name, those that are one parameter under several names once."""
-    once = {name for name, _ in module.named_parameters()}
-    again = {name for name, _ in module.named_parameters(remove_duplicate=False)} - once
-    return {name: tensor.contiguous() for name, tensor in state.items() if name not in again}
-
-
-def _another_model(folder: Any, why: str) -> TrainingError:
-    return TrainingError(f"the checkpoint in {folder} is of another model: {why}; delete it or train in another folder")
+        if self._on_policy is not None and checkpoint is not None:
+            self._on_policy.load(Path(checkpoint), self.args.process_index, self.args.world_size)
 
 
 def _unique(names: Sequence[str]) -> list[str]:
@@ -405,9 +411,3 @@ def _unique(names: Sequence[str]) -> list[str]:
     return [
         name if names[:i].count(name) == 0 else f"{name}_{names[:i].count(name) + 1}" for i, name in enumerate(names)
     ]
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end."""
-    found = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
