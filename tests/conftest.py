@@ -50,3 +50,45 @@ def tiny_teacher(tmp_path_factory):
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """The URL of a bucket on an S3 server of this machine."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    settings = {
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        # Ray's workers are as nice as this process, and not more.
+        "RAY_worker_niceness": "0",
+        "AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port()),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        import s3fs
+
+        s3fs.S3FileSystem().mkdir("shards")
+        yield "s3://shards"
+        s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def cluster(request, bucket):
+    """Two workers. What a test module sends them they cannot import."""
+    from attar.cluster.machines import start_cluster
+    from attar.recipe.base import RunPart
+
+    with start_cluster(RunPart(on="ray", workers=2, threads=1)) as started:
+        # Not before, as it reads its settings at its import.
+        import ray
+
+        ray.cloudpickle.register_pickle_by_value(request.module)
+        yield started
+    assert not ray.is_initialized()

@@ -2,7 +2,10 @@
 
 import json
 import os
+import random
+import signal
 import time
+import uuid
 from pathlib import Path
 
 from attar.collect.verify import Verdict
@@ -33,6 +36,30 @@ class SlowSums(Sums):
         with Path(os.environ["ASKED"]).open("a") as handle:
             handle.write(json.dumps([asked(request), request.sample]) + "\n")
         return super().reply(request)
+
+
+class MortalSums(Sums):
+    """The same; notes what it is asked in the folder that the system prompt names, and dies once, at `7+7`."""
+
+    def reply(self, request):
+        notes = Path(request.messages[0].content)
+        (notes / f"{asked(request)} {request.sample} {uuid.uuid4().hex}.asked").touch()
+        died = notes / "died"
+        if asked(request) == "7+7" and not died.exists():
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().reply(request)
+
+
+class Steady(ScriptedChat):
+    """Writes prompts and answers that depend on the request alone."""
+
+    def __init__(self):
+        super().__init__(self.reply)
+
+    def reply(self, request):
+        rng = random.Random(f"{asked(request)} {request.sample}")
+        return " ".join(f"{rng.getrandbits(40):010x}" for _ in range(6))
 
 
 class Crowd(ScriptedChat):

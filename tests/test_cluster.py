@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import sys
 import uuid
 from collections import Counter
 from contextlib import contextmanager
@@ -15,7 +14,6 @@ import pytest
 
 from attar import pipeline
 from attar.cluster import machines
-from attar.cluster.machines import start_cluster
 from attar.cluster.shards import Shards
 from attar.data.types import Message
 from attar.engines.base import ChatRequest
@@ -24,56 +22,11 @@ from attar.engines.ledger import Claim, Ending, Ledger, Over, Stored, Taken
 from attar.engines.spread import spread_chat
 from attar.errors import BudgetExceeded
 from attar.recipe import load_recipe
-from attar.recipe.base import RunPart
 from attar.signals import workers
+from clusters import WARNINGS
 from servers import ScriptedServer, chat
 
-# Ray warns of its own settings.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
-WORKERS = RunPart(on="ray", workers=2, threads=1)
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    """The URL of a bucket on an S3 server of this machine."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    settings = {
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        # Ray's workers are as nice as this process, and not more.
-        "RAY_worker_niceness": "0",
-        "AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port()),
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        import s3fs
-
-        s3fs.S3FileSystem().mkdir("shards")
-        yield "s3://shards"
-        s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def cluster(bucket):
-    with start_cluster(WORKERS) as started:
-        import ray
-
-        # Workers cannot import what stands here.
-        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-        yield started
-    assert not ray.is_initialized()
+pytestmark = WARNINGS
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from attar.cluster.machines import Cluster, first_line, told
-from attar.errors import AttarError, RunError, require
+from attar.cluster.machines import Cluster, add_to_path, driver_path, first_line, told
+from attar.errors import AttarError, require
 
 __all__ = ["Crew", "hire"]
 
@@ -22,8 +22,9 @@ Open = Callable[[int], Callable[[Any], Any]]
 
 # Times that a task is done again because its worker died.
 _RETRIES = 3
-# Tasks that a worker has, one of them at work.
+# Tasks that a worker has, one of them at work; and those that may be done while an earlier one is not.
 _EACH = 2
+_AHEAD = 8
 _LOG = logging.getLogger("attar")
 
 
@@ -36,7 +37,8 @@ class _Problem:
 class _Member:
     """One of the crew, in an actor of Ray's."""
 
-    def __init__(self, open_work: Open, threads: int) -> None:
+    def __init__(self, open_work: Open, threads: int, path: tuple[str, ...]) -> None:
+        add_to_path(path)
         self._open, self._threads = open_work, threads
         self._work: Callable[[Any], Any] | None = None
 
@@ -74,6 +76,33 @@ class Crew:
             AttarError: what a worker raised first; what was at work by then is yielded before.
             RunError: a task's workers died again and again.
         """
+        yield from self._run(tasks, lambda flying: flying < _EACH * len(self._members))
+
+    def ordered(self, tasks: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+        """The same in the order of the tasks. What is done too early waits in memory, and little is begun meanwhile.
+
+        Raises:
+            AttarError, RunError: as :meth:`run`; what is done by then is yielded before, also behind one that failed.
+        """
+        waiting: dict[int, Any] = {}
+        wanted = 0
+
+        def room(flying: int) -> bool:
+            members = len(self._members)
+            return flying < _EACH * members and flying + len(waiting) < _AHEAD * members
+
+        try:
+            for number, result in self._run(tasks, room):
+                waiting[number] = result
+                while wanted in waiting:
+                    yield wanted, waiting.pop(wanted)
+                    wanted += 1
+        except AttarError:
+            yield from ((number, waiting[number]) for number in sorted(waiting))
+            raise
+
+    def _run(self, tasks: Iterable[Any], room: Callable[[int], bool]) -> Iterator[tuple[int, Any]]:
+        """As :meth:`run`; one more is drawn where there is room beside so many that are at work."""
         ray = require("ray", "ray")
         source = enumerate(tasks)
         flying: dict[Any, tuple[int, int]] = {}
@@ -81,7 +110,7 @@ class Crew:
         more, problem = True, None
         try:
             while True:
-                while more and problem is None and len(flying) < _EACH * len(self._members):
+                while more and problem is None and room(len(flying)):
                     drawn = next(source, None)
                     if drawn is None:
                         more = False
@@ -106,25 +135,16 @@ class Crew:
         if problem is not None:
             raise told(problem.kind, problem.message)
 
-    def ordered(self, tasks: Iterable[Any]) -> Iterator[Any]:
-        """What comes of tasks, in their order; what is done too early waits in memory."""
-        waiting: dict[int, Any] = {}
-        wanted = 0
-        for number, result in self.run(tasks):
-            waiting[number] = result
-            while wanted in waiting:
-                yield waiting.pop(wanted)
-                wanted += 1
-
     @staticmethod
     def _result(ray: Any, reference: Any) -> Any:
         try:
             return ray.get(reference)
         except ray.exceptions.RayError as error:
-            raise RunError(
+            return _Problem(
+                "RunError",
                 f"workers died {_RETRIES + 1} times at one task ({first_line(error)}); if they lacked memory, set "
-                "run.shard_rows or run.workers to less, and run the same command again"
-            ) from error
+                "run.shard_rows or run.workers to less, and run the same command again",
+            )
 
 
 @contextmanager
@@ -139,7 +159,7 @@ def hire(cluster: Cluster, open_work: Open) -> Iterator[Crew]:
     actor = ray.remote(
         num_cpus=cluster.cpus, num_gpus=cluster.gpus, max_restarts=-1, max_task_retries=_RETRIES, max_concurrency=1
     )(_Member)
-    members = [actor.remote(open_work, cluster.cpus) for _ in range(cluster.workers)]
+    members = [actor.remote(open_work, cluster.cpus, driver_path()) for _ in range(cluster.workers)]
     try:
         yield Crew(members)
     finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,7 +24,7 @@ from attar.recipe.base import RunPart
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Cluster", "Work", "first_line", "start_cluster", "told"]
+__all__ = ["Cluster", "Work", "add_to_path", "driver_path", "first_line", "start_cluster", "told"]
 
 _LOG = logging.getLogger("attar")
 # Workers that may die at one shard: one that is too much for any of them would go round for ever.
@@ -111,7 +112,7 @@ class Cluster:
             setattr(context, name, value)
         pipeline = data.from_items([{"source": source} for source in todo], override_num_blocks=len(todo)).map(
             _Worker,
-            fn_constructor_args=(work, shards.url, self.cpus, _DEATHS),
+            fn_constructor_args=(work, shards.url, self.cpus, _DEATHS, driver_path()),
             compute=data.ActorPoolStrategy(size=min(self.workers, len(todo)), max_tasks_in_flight_per_actor=2),
             num_cpus=self.cpus,
             num_gpus=self.gpus,
@@ -146,7 +147,8 @@ class Cluster:
 class _Worker:
     """One engine, in an actor of Ray's."""
 
-    def __init__(self, work: Work, url: str, cpus: int, deaths: int) -> None:
+    def __init__(self, work: Work, url: str, cpus: int, deaths: int, path: tuple[str, ...] = ()) -> None:
+        add_to_path(path)
         self._work, self._url, self._cpus, self._deaths = work, url, cpus, deaths
         self._shards: Shards | None = None
         self._function: Callable[[pa.Table], pa.Table] | None = None
@@ -178,6 +180,16 @@ def _next(made: Iterator[Mark], wanted: str) -> Mark:
     if mark is None:
         raise RunError(f"the workers of run.on: ray ended without shard {wanted}; run the same command again")
     return mark
+
+
+def driver_path() -> tuple[str, ...]:
+    """Where this process imports from: what stands beside a recipe may be its teacher."""
+    return tuple(os.path.abspath(place) for place in sys.path)
+
+
+def add_to_path(places: tuple[str, ...]) -> None:
+    """Have a worker import from those places too, after its own, where its machine has them."""
+    sys.path += [place for place in places if place not in sys.path and os.path.exists(place)]
 
 
 def told(name: str, message: str) -> AttarError:

@@ -13,7 +13,7 @@ from attar.engines.api import ApiEngine, ledger_path
 from attar.engines.base import Answer, Capability, ChatRequest, Failure
 from attar.engines.flow import Limits
 from attar.engines.gguf import GgufEngine, load_gguf
-from attar.engines.ledger import Ledger
+from attar.engines.ledger import Accounts, Ledger
 from attar.engines.prices import Price
 from attar.engines.servers import Server
 from attar.recipe.base import Recipe
@@ -34,7 +34,7 @@ class GgufChat:
         ledger: where answers are kept.
     """
 
-    def __init__(self, model: GgufEngine, name: str, limits: Limits, ledger: Ledger | None) -> None:
+    def __init__(self, model: GgufEngine, name: str, limits: Limits, ledger: Accounts | None) -> None:
         self.model = model
         server = Server("openai", name, f"{model.address}/v1", "none", "nowhere", place="llama.cpp in this process")
         self._engine = ApiEngine(server, limits, price=_FREE, ledger=ledger)
@@ -49,8 +49,12 @@ class GgufChat:
         yield from self._engine.chat(requests)
 
 
-def load_gguf_chat(recipe: Recipe) -> GgufChat:
+def load_gguf_chat(recipe: Recipe, ledger: Accounts | None = None) -> GgufChat:
     """The engine of a recipe whose teacher is ``gguf:FILE``; its ledger stands in the run folder.
+
+    Args:
+        recipe: names it.
+        ledger: the run's, where another process owns it; None to open the file.
 
     Raises:
         MissingExtra: ``xllamacpp`` or ``openai`` is not installed.
@@ -60,4 +64,4 @@ def load_gguf_chat(recipe: Recipe) -> GgufChat:
     name = file_digest(Path(recipe.teacher.model.removeprefix("gguf:")).expanduser())
     # A model on this machine may be slow, and is never gone.
     limits = Limits(1, timeout_s=3600.0, total_timeout_s=3600.0)
-    return GgufChat(model, name, limits, Ledger(ledger_path(recipe), budget_usd=recipe.budget.usd))
+    return GgufChat(model, name, limits, ledger or Ledger(ledger_path(recipe), budget_usd=recipe.budget.usd))

@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from attar.engines.base import ChatEngine, Engine
 from attar.engines.ledger import Accounts
@@ -15,6 +15,7 @@ from attar.recipe import ClassifyRecipe, Recipe
 from attar.workspace import Run, digest
 
 __all__ = [
+    "for_workers",
     "load_chat_teacher",
     "load_teacher",
     "scripted",
@@ -24,6 +25,8 @@ __all__ = [
     "teacher_tokenizer",
     "tokenizer_place",
 ]
+
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 _PROVIDERS = ("openai", "anthropic")
 # Files of a model's folder that hold weights, and nothing of its tokenizer.
@@ -129,7 +132,7 @@ def load_chat_teacher(recipe: Recipe, *, fresh: bool = False, ledger: Accounts |
     if scheme == "gguf":
         from attar.engines.gguf_chat import load_gguf_chat
 
-        return load_gguf_chat(recipe)
+        return load_gguf_chat(recipe, ledger)
     if scheme == "hf":
         from attar.engines.local import load_local, resolve_device
         from attar.engines.local_chat import LocalChat
@@ -196,6 +199,19 @@ def teacher_files(recipe: Recipe) -> Path:
 def served(recipe: Recipe) -> bool:
     """Whether the teacher stands behind a server: ``openai:NAME`` or ``anthropic:NAME``."""
     return recipe.teacher.model.partition(":")[0] in _PROVIDERS
+
+
+def for_workers(recipe: AnyRecipe) -> AnyRecipe:
+    """The recipe for workers, who may stand in another folder: the place of the teacher's files is absolute.
+
+    Raises:
+        ModelError: there is nothing at that place.
+    """
+    scheme = recipe.teacher.model.partition(":")[0]
+    if scheme in _PROVIDERS or scheme not in (*_OPENERS, "vllm"):
+        return recipe
+    model = f"{scheme}:{teacher_files(recipe).resolve()}"
+    return recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"model": model})})
 
 
 def tokenizer_place(recipe: Recipe) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from attar.cluster.machines import start_cluster
 from attar.cluster.shards import Shards
 from attar.engines.api import ledger_path
 from attar.engines.leases import LeasedLedger, lease_ledger, own_share
-from attar.engines.load import load_teacher, served, teacher_files
+from attar.engines.load import for_workers, load_teacher, served
 from attar.engines.local import LocalEngine, load_local, resolve_device
 from attar.engines.vllm import load_vllm
 from attar.recipe import ChatRecipe, ClassifyRecipe
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 __all__ = ["Made", "TokenWork", "WordWork", "ask_about_tokens", "ask_about_words", "load_asker"]
-
-AnyRecipe = TypeVar("AnyRecipe", ChatRecipe, ClassifyRecipe)
 
 Made = tuple[list[str], list[dict[str, np.ndarray[Any, Any]]], int]
 """Ids, their records, and the prompt tokens that were read for them"""
@@ -119,7 +117,7 @@ def ask_about_tokens(
         return
     with start_cluster(recipe.run) as cluster:
         tables = map(examples_table, parts)
-        for made in cluster.map(TokenWork(_sent(recipe), kind), tables, shards):
+        for made in cluster.map(TokenWork(for_workers(recipe), kind), tables, shards):
             yield from records_of(made)[1]
 
 
@@ -133,18 +131,9 @@ def ask_about_words(
     """
     with ExitStack() as stack:
         cluster = stack.enter_context(start_cluster(recipe.run))
-        work = WordWork(_sent(recipe))
+        work = WordWork(for_workers(recipe))
         if served(recipe):
             ledger = stack.enter_context(lease_ledger(ledger_path(recipe), recipe.budget.usd))
             teacher = own_share(recipe.teacher, cluster.workers)
             work = WordWork(recipe.model_copy(update={"teacher": teacher}), ledger)
         yield from map(records_of, cluster.map(work, map(requests_table, parts), shards))
-
-
-def _sent(recipe: AnyRecipe) -> AnyRecipe:
-    """The recipe for workers, who may stand in another folder."""
-    scheme = recipe.teacher.model.partition(":")[0]
-    if scheme not in ("hf", "vllm", "gguf"):
-        return recipe
-    model = f"{scheme}:{teacher_files(recipe).resolve()}"
-    return recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"model": model})})

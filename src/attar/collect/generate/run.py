@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from attar.collect.verify import load_verifiers
 from attar.data.types import Conversation
 from attar.engines.base import Answer, ChatEngine, ChatRequest, Failure
 from attar.engines.load import load_chat_teacher
+from attar.engines.spread import spread_chat
 from attar.errors import RunError, Stopped
 from attar.progress import Progress, Silent
 from attar.recipe import Recipe
@@ -94,20 +95,27 @@ def generate(
     with open_run(recipe.folder, recipe.name, progress or Silent()) as run:
         store = Store(run.path("raw"), fingerprint(recipe))
         store.take_in(part.target)
-        return _Generation(recipe, store, run.progress, teacher, judge).run()
+        with ExitStack() as stack:
+            return _Generation(recipe, store, run.progress, stack, teacher, judge).run()
 
 
 class _Generation:
     """One start."""
 
     def __init__(
-        self, recipe: Recipe, store: Store, progress: Progress, teacher: ChatEngine | None, judge: ChatEngine | None
+        self,
+        recipe: Recipe,
+        store: Store,
+        progress: Progress,
+        stack: ExitStack,
+        teacher: ChatEngine | None,
+        judge: ChatEngine | None,
     ) -> None:
         self.part = settings(recipe)
         self.recipe, self.store, self.progress = recipe, store, progress
         self.kind = self.part.source.kind
         self.verifiers = load_verifiers(self.part.verify)
-        self._teacher, self._judge = teacher, judge
+        self._stack, self._teacher, self._judge = stack, teacher, judge
         self.skipped: Counter[str] = Counter()
         self.unanswered: Counter[str] = Counter()
         self._failed_in_a_row = 0
@@ -208,7 +216,10 @@ class _Generation:
     @property
     def _engine(self) -> ChatEngine:
         if self._teacher is None:
-            self._teacher = load_chat_teacher(self.recipe)
+            spread = self.recipe.run.on == "ray"
+            self._teacher = (
+                self._stack.enter_context(spread_chat(self.recipe)) if spread else load_chat_teacher(self.recipe)
+            )
         return self._teacher
 
     @property
