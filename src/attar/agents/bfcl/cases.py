@@ -1,0 +1,142 @@
+"""BFCL's entries as cases: the turns of the user, OpenAI schemas of the functions, the official answers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from attar.agents.bfcl.wheel import official
+from attar.agents.environments import Task
+from attar.data.types import Message
+
+__all__ = ["CALLS", "LIVE", "MULTI_TURN", "PYTHON", "UNANSWERABLE", "Case", "cases", "checked", "tools"]
+
+CALLS = ("simple_python", "multiple", "parallel", "parallel_multiple")
+"""single-turn categories of the first release in which one or several calls are right"""
+PYTHON = (*CALLS, "irrelevance")
+"""all single-turn Python categories of the first release; in the last, no call is right"""
+LIVE = (
+    "live_simple",
+    "live_multiple",
+    "live_parallel",
+    "live_parallel_multiple",
+    "live_irrelevance",
+    "live_relevance",
+)
+"""single-turn categories written by users"""
+MULTI_TURN = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context")
+"""categories whose calls are executed"""
+
+UNANSWERABLE = {
+    "live_simple_106-63-0": "required arguments have no allowed value",
+    "live_simple_112-68-0": "required arguments have no allowed value",
+    "live_multiple_862-181-3": "wants journey_start_time, which the function does not have",
+    "live_multiple_964-207-0": "wants question, which the function does not have",
+}
+"""entries that no answer passes, each with what is wrong in it; environments leave them out"""
+
+# Keywords of a JSON schema. Others (an "optional" of BFCL's own) say nothing to a validator and are left out.
+_KEYWORDS = (
+    "type", "description", "enum", "default", "properties", "required", "items", "format", "maximum", "minItems",
+    "maxItems", "additionalProperties",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One entry."""
+
+    id: str
+    category: str
+    turns: tuple[tuple[Message, ...], ...]
+    """what the user says, turn by turn; empty in a turn that brings tools instead"""
+    entry: dict[str, Any] = field(compare=False)
+    """as the wheel's loader gives it; the checkers read it"""
+    truth: tuple[Any, ...] | None = field(compare=False)
+    """``possible_answer``: of a single turn the calls, each with its allowed values; of several, calls by turn; None
+    where the category has none"""
+
+    @property
+    def task(self) -> Task:
+        """The case, as an environment offers it."""
+        return Task(self.id, self.category)
+
+    @property
+    def requests(self) -> tuple[str, ...]:
+        """The user's words, a message each."""
+        return tuple(message.content for turn in self.turns for message in turn if message.role == "user")
+
+    @property
+    def functions(self) -> list[dict[str, Any]]:
+        """The official descriptions of all functions on offer, those of later turns included."""
+        return [*self.entry["function"], *(f for added in self.added.values() for f in added)]
+
+    @property
+    def added(self) -> dict[int, list[dict[str, Any]]]:
+        """Descriptions of functions that come with a later turn, by its number."""
+        return {int(turn): functions for turn, functions in self.entry.get("missed_function", {}).items()}
+
+
+def checked(categories: Iterable[str], known: Sequence[str]) -> tuple[str, ...]:
+    """The categories, in the order of those that are known.
+
+    Raises:
+        ValueError: one is not known, or there is none.
+    """
+    wanted = set(categories)
+    unknown = sorted(wanted - set(known))
+    if unknown or not wanted:
+        raise ValueError(f"categories: {', '.join(unknown) or 'none'}, wanted some of {', '.join(known)}")
+    return tuple(category for category in known if category in wanted)
+
+
+@functools.cache
+def cases(category: str) -> tuple[Case, ...]:
+    """The cases of a category, in the wheel's order.
+
+    Raises:
+        MissingExtra: the wheel is not installed.
+    """
+    wheel = official()
+    entries = wheel.load_dataset_entry(category)
+    truths: dict[str, Any] = {}
+    if not category.endswith("relevance"):
+        truths = {row["id"]: tuple(row["ground_truth"]) for row in wheel.load_ground_truth_entry(category)}
+    return tuple(
+        Case(
+            entry["id"],
+            category,
+            tuple(tuple(Message(m["role"], m["content"]) for m in turn) for turn in entry["question"]),
+            entry,
+            truths[entry["id"]] if truths else None,
+        )
+        for entry in entries
+    )
+
+
+def tools(functions: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """Official descriptions as OpenAI schemas, by the wheel's own converter.
+
+    Types become JSON's ("dict" an object, "tuple" an array, "any" a string, as the official handlers have it), dots in
+    names underscores, and what a function returns a part of its description. The converter leaves types that stand deeper
+    than two levels and keywords of no schema; both are mended here.
+    """
+    wheel = official()
+    converted = wheel.convert_to_tool(list(functions), wheel.types, wheel.style)
+    return tuple(
+        tool | {"function": tool["function"] | {"parameters": _schema(tool["function"]["parameters"], wheel.types)}}
+        for tool in converted
+    )
+
+
+def _schema(described: dict[str, Any], types: dict[str, str]) -> dict[str, Any]:
+    schema = {name: described[name] for name in _KEYWORDS if name in described}
+    if "type" in schema:
+        schema["type"] = types[schema["type"]]
+    if "properties" in schema:
+        schema["properties"] = {name: _schema(inner, types) for name, inner in schema["properties"].items()}
+    if "items" in schema:
+        schema["items"] = _schema(schema["items"], types)
+    return schema
