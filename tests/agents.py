@@ -1,5 +1,6 @@
 """A small environment for tests: a counter that has to reach a number."""
 
+import sys
 import threading
 
 from attar.agents.environments import Beginning, Task, ToolError
@@ -20,7 +21,8 @@ ADD = {
     },
 }
 TOOLS = tuple(
-    {**ADD, "function": {**ADD["function"], "name": name}} for name in ("add", "fail", "crash", "hang", "huge", "loop")
+    {**ADD, "function": {**ADD["function"], "name": name}}
+    for name in ("add", "fail", "crash", "hang", "huge", "loop", "exit")
 )
 HANGING = threading.Event()
 """set to let hanging environments go, at the end of a test"""
@@ -51,6 +53,8 @@ class Counter:
             raise ZeroDivisionError("by zero")
         if tool == "hang":
             HANGING.wait(60)
+        if tool == "exit":
+            sys.exit(3)
         if tool == "huge":
             return "x" * 5000
         if tool == "loop":

@@ -2,90 +2,13 @@ import dataclasses
 import datetime
 import json
 import math
-import sqlite3
-import threading
 
 import pydantic
 import pytest
 
-from attar.agents.limits import EnvironmentLost, Limited, write_result
+from attar.agents.limits import write_result
 from attar.agents.schemas import BadTools, check_tools
-from attar.errors import AttarError, RunError
-
-# calls that end
-
-
-def test_a_call_returns_what_the_function_does_and_raises_what_it_raises():
-    limited = Limited("office", 30)
-    assert limited("call", divmod, 7, 3) == (2, 1)
-    with pytest.raises(ZeroDivisionError):
-        limited("call", divmod, 7, 0)
-    assert limited.lost is None
-    limited.close()
-
-
-def test_a_call_that_hangs_becomes_an_error_and_its_instance_is_lost():
-    release = threading.Event()
-    limited = Limited("office", 0.05)
-    with pytest.raises(EnvironmentLost, match=r"office: call of 'wait' took more than 0\.05 s"):
-        limited("call of 'wait'", release.wait)
-    assert limited.lost == "call of 'wait' did not come back"
-    with pytest.raises(EnvironmentLost, match=r"office plays no more \(call of 'wait' did not come back\)"):
-        limited("call", int)
-    release.set()
-
-
-def test_all_calls_of_an_instance_run_in_one_thread_of_its_own():
-    limited = Limited("office", 30)
-    # SQLite's connections may only be used in the thread that made them.
-    connection = limited("start", sqlite3.connect, ":memory:")
-    assert limited("call", lambda: connection.execute("select 1").fetchone()) == (1,)
-    assert limited("call", threading.get_ident) != threading.get_ident()
-    limited("finish", connection.close)
-    limited.close()
-
-
-def test_a_function_cannot_end_the_process():
-    limited = Limited("office", 30)
-    with pytest.raises(RunError, match="office: call raised SystemExit"):
-        limited("call", exit, 3)
-    assert limited("call", int) == 0
-    limited.close()
-
-
-def test_calls_from_two_threads_wait_for_one_another():
-    limited = Limited("office", 30)
-    at_once, most = [0], [0]
-
-    def call():
-        at_once[0] += 1
-        most[0] = max(most[0], at_once[0])
-        at_once[0] -= 1
-
-    threads = [threading.Thread(target=limited, args=("call", call)) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert most == [1]
-    limited.close()
-
-
-def test_a_closed_instance_is_refused_and_its_thread_ends():
-    limited = Limited("office", 30)
-    thread = limited("call", threading.current_thread)
-    limited.close()
-    thread.join(30)
-    assert not thread.is_alive()
-    with pytest.raises(EnvironmentLost, match="it was closed"):
-        limited("call", int)
-
-
-@pytest.mark.parametrize("seconds", [0, -1, math.nan])
-def test_a_limit_is_positive(seconds):
-    with pytest.raises(ValueError, match="wanted a positive number of seconds"):
-        Limited("office", seconds)
-
+from attar.errors import AttarError
 
 # results as text
 

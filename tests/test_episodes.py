@@ -7,6 +7,7 @@ import pytest
 from agents import HANGING, Counter, call, counting
 from attar.agents.environments import Task
 from attar.agents.episodes import Asking, Limits, Try, play, seed_of
+from attar.agents.limits import EnvironmentLost
 from attar.data.episodes import Episode
 from attar.data.types import Message, ToolCall
 from attar.engines.base import Answer, Failure
@@ -57,8 +58,9 @@ def test_results_name_the_calls_that_they_belong_to():
     [
         ("fail", {"n": 1}, "error: not today", "tool error"),
         ("crash", {"n": 1}, "error: ZeroDivisionError: by zero", "tool raised"),
-        ("loop", {"n": 1}, "error: the result is no JSON (ValueError: Circular reference detected)", "result no JSON"),
-        ("nothing", {}, "error: calls 'nothing', on offer: add, fail, crash, hang, huge, loop", "unknown tool"),
+        ("exit", {"n": 1}, "error: RuntimeError: SystemExit: 3", "tool raised"),
+        ("loop", {"n": 1}, "[result not shown: it contains itself]", "result circular"),
+        ("nothing", {}, "error: calls 'nothing', on offer: add, fail, crash, hang, huge, loop, exit", "unknown tool"),
         ("add", {"n": "one"}, 'error: (add): $.n breaks type: "integer"', "tool call"),
     ],
 )
@@ -73,8 +75,7 @@ def test_a_call_that_fails_is_a_result_and_is_counted(name, arguments, result, r
 def test_a_huge_result_loses_its_middle():
     episode = one(script(call("huge", n=1), DONE), limits=Limits(result_characters=100))
     text = episode.messages[3].content
-    assert text.startswith("x" * 75 + "\n[... 4900 characters left out ...]\n")
-    assert text.endswith("\n" + "x" * 25)
+    assert text == "x" * 50 + "\n[... 4900 characters left out ...]\n" + "x" * 50
     assert episode.meta["counts"] == {"result cut": 1}
 
 
@@ -101,6 +102,24 @@ def test_an_environment_that_cannot_start_is_an_episode_that_says_so():
     assert episodes["bad"].outcome.reason == "the environment failed: RuntimeError: no such world"
     assert episodes["bad"].stopped == "environment"
     assert episodes["t"].outcome.success
+
+
+def test_an_environment_that_says_it_is_lost_ends_the_episode():
+    class Lost(Counter):
+        def call(self, tool, arguments):
+            raise EnvironmentLost("the server is gone")
+
+    episode = one(counting, make=Lost)
+    assert (episode.stopped, episode.outcome.reason) == ("environment", "the environment is lost: the server is gone")
+
+
+def test_tools_that_cannot_be_offered_are_the_environments_fault():
+    class Twice(Counter):
+        def start(self, task):
+            beginning = super().start(task)
+            return beginning._replace(tools=beginning.tools[:1] * 2)
+
+    assert "the environment failed: BadTools" in one(counting, make=Twice).outcome.reason
 
 
 def test_a_verdict_of_another_type_is_refused():

@@ -18,6 +18,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from attar.agents.environments import Conversing, Environment, Task, ToolError
+from attar.agents.limits import EnvironmentLost, write_result
+from attar.agents.schemas import check_tools
 from attar.agents.seats import Hung, Seat
 from attar.data.episodes import Episode, Outcome, Step, Stopped
 from attar.data.tools import CallChecker
@@ -96,7 +98,7 @@ class _Playing:
 class _Done(NamedTuple):
     playing: _Playing
     result: Any
-    error: BaseException | None
+    error: Exception | None
 
 
 def seed_of(seed: int, task: str, trial: int) -> int:
@@ -208,7 +210,7 @@ class _Driver:
             self._playing.add(playing)
             self._resume(playing, None, None)
 
-    def _on_done(self, token: Any, result: Any, error: BaseException | None) -> None:
+    def _on_done(self, token: Any, result: Any, error: Exception | None) -> None:
         self._done.put(_Done(token, result, error))
 
     def _collect(self, patience_s: float | None) -> None:
@@ -231,7 +233,7 @@ class _Driver:
             playing.deadline, playing.seat = 0.0, None
             self._resume(playing, None, Hung(f"no result within {self._rules.limits.call_s:g} s"))
 
-    def _resume(self, playing: _Playing, value: Any, error: BaseException | None) -> None:
+    def _resume(self, playing: _Playing, value: Any, error: Exception | None) -> None:
         try:
             wanted = playing.plan.send(value) if error is None else playing.plan.throw(error)
         except StopIteration as end:
@@ -307,6 +309,7 @@ def _episode(tried: Try, rules: _Rules) -> _Plan:
 
 def _begun(environment: Environment, task: Task) -> tuple[list[Message], tuple[dict[str, Any], ...]]:
     beginning = environment.start(task)
+    check_tools(beginning.tools, environment.name)
     return list(beginning.messages), tuple(beginning.tools)
 
 
@@ -394,43 +397,39 @@ def _call_all(record: _Record, rules: _Rules, calls: tuple[ToolCall, ...]) -> Ge
     errors = 0
     for call in calls:
         misfit = rules.check(call, record.tools)
+        result: Any
         reason: str | None
         if misfit is not None:
-            text, reason = f"error: {misfit.detail}", misfit.reason
+            result, reason = f"error: {misfit.detail}", misfit.reason
         else:
-            text, reason = yield from _call(call)
+            result, reason = yield from _call(call)
+        written = write_result(result, rules.limits.result_characters)
+        if written.fault:
+            reason = reason or f"result {written.fault}"
         if reason is not None:
             errors += 1
             record.counts[reason] += 1
-        if len(text) > rules.limits.result_characters:
+        if written.left_out:
             record.counts["result cut"] += 1
-            text = _shortened(text, rules.limits.result_characters)
-        record.messages.append(Message("tool", text, tool_call_id=call.id, name=call.name))
+        record.messages.append(Message("tool", written.text, tool_call_id=call.id, name=call.name))
     return errors
 
 
-def _call(call: ToolCall) -> Generator[_Do, Any, tuple[str, str | None]]:
-    """A call's result as text, and why it failed if it did."""
+def _call(call: ToolCall) -> Generator[_Do, Any, tuple[Any, str | None]]:
+    """What a call returned, or the text that says why it failed, and that in a word or two."""
     try:
         result = yield _Do(lambda environment: environment.call(call.name, call.arguments))
     except Hung as hung:
         raise _Broken(f"the environment hung in {call.name}: {hung}") from hung
+    except EnvironmentLost as lost:
+        raise _Broken(f"the environment is lost: {_one_line(lost, named=False)}") from lost
     except ToolError as error:
         return f"error: {_one_line(error, named=False)}", "tool error"
     except Exception as error:
         return f"error: {_one_line(error)}", "tool raised"
-    try:
-        return (result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)), None
-    except (TypeError, ValueError, RecursionError) as error:
-        return f"error: the result is no JSON ({_one_line(error)})", "result no JSON"
+    return result, None
 
 
 def _one_line(error: BaseException, *, named: bool = True) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if named else text
-
-
-def _shortened(text: str, characters: int) -> str:
-    """A text without its middle, which says how much is missing."""
-    head, tail = characters - characters // 4, characters // 4
-    return f"{text[:head]}\n[... {len(text) - head - tail} characters left out ...]\n{text[len(text) - tail :]}"

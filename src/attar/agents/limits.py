@@ -1,111 +1,22 @@
-"""What keeps an environment from stopping a run: calls that end in time, and results that can be written."""
+"""Results of tools as the agent reads them: whatever a tool returns can be written, and none is without end."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import queue
-import threading
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import pydantic
 import pydantic_core
 
 from attar.errors import RunError
 
-__all__ = ["EnvironmentLost", "Limited", "Written", "write_result"]
-
-_T = TypeVar("_T")
+__all__ = ["EnvironmentLost", "Written", "write_result"]
 
 
 class EnvironmentLost(RunError):
     """An instance of an environment that plays no more: a call of it did not come back, or its server is gone."""
-
-
-class Limited:
-    """Runs the calls of one instance in a thread of its own, one after the other, each for so long at most.
-
-    It is the same thread every time, so that what is bound to one (an SQLite connection) may be made and used through
-    it. A thread cannot be ended from outside: one that hangs is left behind, ends with the process, and its instance is
-    lost, since nobody knows what it still does.
-
-    Args:
-        owner: the instance, for messages.
-        timeout_s: the longest that a call may take, in seconds.
-    """
-
-    def __init__(self, owner: str, timeout_s: float) -> None:
-        if not timeout_s > 0:
-            raise ValueError(f"timeout_s is {timeout_s}; wanted a positive number of seconds")
-        self._owner, self._timeout_s = owner, timeout_s
-        self.lost: str | None = None
-        """why the instance plays no more"""
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._turn = threading.Lock()
-        # A daemon: a call that hangs must not keep the process from ending.
-        threading.Thread(target=self._work, name=f"attar {owner}", daemon=True).start()
-
-    def __call__(self, step: str, function: Callable[..., _T], *args: Any) -> _T:
-        """What ``function(*args)`` returns.
-
-        Args:
-            step: what is done, for messages: ``call of 'send_mail'``.
-            function: called in the instance's thread.
-            args: for the function.
-
-        Raises:
-            EnvironmentLost: it took too long, or the instance was lost before.
-            RunError: it tried to end the process.
-            Exception: whatever else it raised.
-        """
-        with self._turn:
-            if self.lost is not None:
-                raise EnvironmentLost(f"{self._owner} plays no more ({self.lost}); start another instance of it")
-            job = _Job(lambda: function(*args))
-            self._jobs.put(job)
-            try:
-                job.done.wait(self._timeout_s)
-            finally:
-                # Interrupted, too, the thread is busy with what nobody waits for.
-                if not job.done.is_set():
-                    self.lost = f"{step} did not come back"
-            if self.lost is not None:
-                raise EnvironmentLost(
-                    f"{self._owner}: {step} took more than {self._timeout_s:g} s and was left behind; this instance "
-                    "plays no more. Mend what hangs, or raise the time limit of a call"
-                )
-        if job.error is None:
-            return job.result  # type: ignore[no-any-return]
-        if isinstance(job.error, Exception):
-            raise job.error
-        raise RunError(f"{self._owner}: {step} raised {type(job.error).__name__}; raise an Exception") from job.error
-
-    def close(self) -> None:
-        """Let the thread end when it is done; calls after that are refused."""
-        with self._turn:
-            if self.lost is None:
-                self.lost = "it was closed"
-                self._jobs.put(None)
-
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job.run()
-
-
-class _Job:
-    def __init__(self, function: Callable[[], Any]) -> None:
-        self._function = function
-        self.result: Any = None
-        self.error: BaseException | None = None
-        self.done = threading.Event()
-
-    def run(self) -> None:
-        try:
-            self.result = self._function()
-        except BaseException as error:
-            self.error = error
-        self.done.set()
 
 
 class Written(NamedTuple):

@@ -27,9 +27,7 @@ class Seat:
             raised.
     """
 
-    def __init__(
-        self, make: Callable[[], Environment], on_done: Callable[[Any, Any, BaseException | None], None]
-    ) -> None:
+    def __init__(self, make: Callable[[], Environment], on_done: Callable[[Any, Any, Exception | None], None]) -> None:
         self._make, self._on_done = make, on_done
         self._tasks: queue.SimpleQueue[tuple[Callable[[Environment], Any], Any] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="attar environment", daemon=True)
@@ -47,11 +45,15 @@ class Seat:
         environment: Environment | None = None
         while (task := self._tasks.get()) is not None:
             operation, token = task
+            error: Exception | None
             try:
                 environment = environment or self._make()
                 result, error = operation(environment), None
-            except BaseException as raised:
+            except Exception as raised:
                 result, error = None, raised
+            except BaseException as raised:
+                # Such as SystemExit: a world does not end the process.
+                result, error = None, RuntimeError(f"{type(raised).__name__}: {raised}")
             self._on_done(token, result, error)
         close = getattr(environment, "close", None)
         if close is not None:

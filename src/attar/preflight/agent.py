@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from attar.agents.environments import Environment
 from attar.agents.load import load_environment, tasks_of
+from attar.agents.schemas import check_tools
 from attar.engines.load import load_chat_teacher, scripted
 from attar.errors import AttarError
 from attar.preflight import chat
@@ -14,7 +15,7 @@ from attar.recipe import AgentRecipe
 
 __all__ = ["check"]
 
-# Tasks of each split that are started.
+# Tasks of each split that are started, to look at their tools.
 _STARTED = 20
 
 
@@ -49,7 +50,7 @@ def _environment(recipe: AgentRecipe, environment: Environment) -> Iterator[Find
         yield Finding("refuse" if wanted and not tasks else "ok", words)
         for task in tasks[:_STARTED]:
             try:
-                environment.start(task)
+                check_tools(environment.start(task).tools, f"task {task.id}")
             except Exception as error:
-                yield Finding("refuse", f"environment {environment.name}: task {task.id} does not start: {error}")
+                yield Finding("refuse", f"environment {environment.name}: task {task.id} cannot be played: {error}")
                 break

@@ -40,9 +40,7 @@ def grade(case: Case, calls: Sequence[ToolCall]) -> Outcome:
     answer = [{call.name: call.arguments} for call in calls]
     truth = list(case.truth or ())
     try:
-        result = wheel.ast_checker(
-            case.entry["function"], answer, truth, wheel.python, case.category, wheel.model_name
-        )
+        result = wheel.ast_checker(case.entry["function"], answer, truth, wheel.python, case.category, wheel.model_name)
     except Exception as error:  # its own type checks do not go deep, so a wrong value can reach code that trusts it
         return _outcome(f"checker:{type(error).__name__}")
     return _outcome("" if result["valid"] else result["error_type"])
@@ -119,7 +117,9 @@ class SingleTurn:
 
     def _find(self, task: Task) -> Case:
         if task.id not in self._cases:
-            raise ValueError(f"task {task.id!r} is none of {', '.join(sorted({c.category for c in self._cases.values()}))}")
+            raise ValueError(
+                f"task {task.id!r} is none of {', '.join(sorted({c.category for c in self._cases.values()}))}"
+            )
         return self._cases[task.id]
 
 
