@@ -176,7 +176,12 @@ _AGENT = (
     ),
     replace(_CURATE, function="attar.collect.episodes:curate", needs=("rollout",)),
     _CHAT_STAGES["score"],
-    _CHAT_STAGES["train"],
+    replace(
+        _CHAT_STAGES["train"],
+        function="attar.rounds:train",
+        reads=(*_CHAT_STAGES["train"].reads, "environment", "collect.rollout"),
+        folders=(*_CHAT_STAGES["train"].folders, "rounds"),
+    ),
     _CHAT_STAGES["export"],
     replace(
         _CHAT_STAGES["evaluate"],

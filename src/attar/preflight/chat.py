@@ -26,11 +26,11 @@ from attar.students.language import (
     Student,
     build_student,
     different_tokens,
-    encode,
     require_one_vocabulary,
     teacher_and_tokenizer,
 )
 from attar.tokens import TokenizedExample, highlight
+from attar.tokens.training import encode
 from attar.train.batches import Collator, TokenizedRows
 from attar.train.chat import objectives_of
 from attar.train.language_model import LanguageModel

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 from attar.recipe.base import Part, Positive, unique
 from attar.recipe.chat import ChatEvaluate, ChatRecipe, Curate, Distill
 from attar.recipe.collect import Collect
-from attar.recipe.curate import Decontaminate, NearDuplicates
+from attar.recipe.curate import Decontaminate, NearDuplicates, Pattern
 
 __all__ = ["AgentRecipe", "Environment", "Relabel"]
 
@@ -62,22 +62,16 @@ class AgentCollect(Collect):
 
 
 class Reasoning(Part):
-    """What the student learns of the teacher's reasoning."""
+    """How much of the teacher's reasoning the student learns; small ones learn worse from long chains."""
 
     policy: Literal["keep", "strip", "shorten"] = "keep"
-    sentences: Positive | None = None
-    """of `shorten`: the first ones are kept"""
     tokens: Positive | None = None
-    """of `shorten`: so many are kept, up to a sentence's end where there is one"""
+    """of `shorten`, counted by the student's tokenizer: the most that stay; None for the first sentence"""
 
     @model_validator(mode="after")
-    def _how_short(self) -> Reasoning:
-        stated = [key for key in ("sentences", "tokens") if getattr(self, key) is not None]
-        if (self.policy == "shorten") != (len(stated) == 1):
-            raise ValueError(
-                "distill.reasoning: `shorten` needs sentences or tokens, one of the two, and only it takes them; "
-                f"policy is {self.policy}, set: {', '.join(stated) or 'neither'}"
-            )
+    def _of_shorten(self) -> Reasoning:
+        if self.tokens is not None and self.policy != "shorten":
+            raise ValueError(f"curate.reasoning.tokens: it belongs to policy: shorten, and the policy is {self.policy}")
         return self
 
 
@@ -87,10 +81,14 @@ class Weights(Part):
     reason: float = Field(default=1.0, ge=0, strict=False)
     call: float = Field(default=1.0, ge=0, strict=False)
     text: float = Field(default=1.0, ge=0, strict=False)
+    end: float = Field(default=1.0, ge=0, strict=False)
+    """of the token that ends a turn"""
+    steps: tuple[Annotated[float, Field(ge=0, strict=False)], ...] = Field(default=(), strict=False)
+    """of the agent's first answer, second and so on, beside that; the last holds for all that follow"""
 
     @model_validator(mode="after")
     def _something(self) -> Weights:
-        if not (self.reason or self.call or self.text):
+        if not (self.reason or self.call or self.text or self.end):
             raise ValueError("distill.weights: all are 0, so nothing would be learned")
         return self
 
@@ -101,6 +99,8 @@ class Relabel(Part):
     rounds: Positive = 1
     tasks: Positive
     """of the split `train`, that the student plays in each round"""
+    temperature: float = Field(default=0.0, ge=0, strict=False)
+    """of the student, as it acts"""
     corrections: Positive = 3
     """of an episode, at most: the first steps at which the teacher would have done something else"""
     epochs: float = Field(default=1.0, gt=0, strict=False)
@@ -110,11 +110,7 @@ class Relabel(Part):
 class AgentDistill(Distill):
     """What the student learns from the teacher."""
 
-    reasoning: Reasoning = Reasoning()
     weights: Weights = Weights()
-    failed_calls: Literal["keep", "unlearn", "drop"] = "unlearn"
-    """calls that the environment refused and the teacher then mended: learned as they are; read and not learned; or
-    taken out, with their results"""
     prune: bool = False
     """train what never changes, system prompt and tools, into the student, and cut it from its prompt"""
     relabel: Relabel | None = None
@@ -131,6 +127,12 @@ class AgentCurate(Curate):
     """episodes whose last answer names a number or a quoted name that neither the user nor a tool gave"""
     max_steps: Positive | None = None
     """answers of the agent in an episode"""
+    reasoning: Reasoning = Reasoning()
+    failed_calls: Literal["keep", "unlearn", "drop"] = "unlearn"
+    """calls that failed and were then mended: learned as they are; read and not learned; or taken out, with their
+    results"""
+    failed_result: Pattern = r"error\b"
+    """regular expression of how a tool's result begins that says that the call failed, case apart"""
     test_size: Annotated[int, Field(ge=0)] = 0
     """held out for replaying its steps; with an environment the evaluation plays its tasks instead"""
 
@@ -169,6 +171,11 @@ class AgentRecipe(ChatRecipe):
         if self.environment is None and self.data.train is None:
             raise ValueError(
                 "environment: required where data.train is not set: episodes are played in one, or read from a file"
+            )
+        if self.distill.prune and any(o.kind != "response" for o in self.distill.objectives):
+            raise ValueError(
+                "distill.prune: the student would read less than the teacher whose probabilities it learns; use "
+                "objectives of kind response, or a teacher that was pruned itself, and leave prune out"
             )
         if self.environment is None and self.distill.relabel is not None:
             raise ValueError("distill.relabel: the student acts in an environment, and none is set")

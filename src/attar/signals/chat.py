@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from attar.cluster.shards import stage_shards
-from attar.data.conversations import read_conversations
 from attar.engines.load import served, teacher_files, teacher_tokenizer
 from attar.engines.local import load_local, resolve_device
 from attar.engines.served import load_served
@@ -23,7 +22,8 @@ from attar.signals.parity import check_parity, describe
 from attar.signals.served import ask_served, check_lengths, refuse_recipe, refuse_unfit, vocabulary_size
 from attar.signals.store import SignalStore
 from attar.signals.workers import ask_about_tokens, load_asker
-from attar.tokens import TokenizedExample, encode_conversations, template_fingerprint
+from attar.tokens import TokenizedExample, template_fingerprint
+from attar.tokens.training import encode, run_conversations, tokenizer_for
 from attar.workspace import Run
 
 __all__ = ["open_reader", "score", "signal_kind"]
@@ -99,13 +99,7 @@ def open_reader(
 def _examples(recipe: ChatRecipe, run: Run, tokenizer: Any) -> list[TokenizedExample]:
     examples = []
     for split in ("train", "val"):
-        conversations, _ = read_conversations(run.path("data", f"{split}.jsonl"), key=split, on_bad_line="stop")
-        examples += encode_conversations(
-            tokenizer,
-            conversations,
-            max_tokens=recipe.curate.max_tokens,
-            max_truncated=recipe.curate.max_truncated,
-        )[0]
+        examples += encode(recipe, tokenizer, run_conversations(recipe, run, split))[0]
     return examples
 
 
@@ -138,7 +132,7 @@ def score(recipe: ChatRecipe, run: Run) -> dict[str, Any]:
     # Of hidden states the head is kept as well, and it is kept here.
     if not in_vllm and (recipe.run.on == "here" or kind.kind == "hidden"):
         engine = load_local(recipe.teacher.model, dtype=recipe.teacher.dtype, device=resolve_device(recipe.run.device))
-    tokenizer = engine.tokenizer if engine is not None else teacher_tokenizer(recipe)
+    tokenizer = tokenizer_for(recipe, engine.tokenizer if engine is not None else teacher_tokenizer(recipe))
     store = _open_store(recipe, run, tokenizer, kind)
     started = time.perf_counter()
     if kind.kind == "hidden" and engine is not None:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from attar.data.conversations import read_conversations
 from attar.engines.load import served
 from attar.errors import CapabilityError
 from attar.recipe import ChatRecipe
 from attar.students.export_lm import export_gguf, export_safetensors
-from attar.students.language import encode, load_teacher_model
+from attar.students.language import load_teacher_model
+from attar.tokens.pruning import FILE as PRUNED
+from attar.tokens.training import encode, run_conversations
 from attar.workspace import Run
 
 __all__ = ["export"]
@@ -38,15 +39,15 @@ def export(recipe: ChatRecipe, run: Run) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, recipe.student.dtype)).eval()
         tokenizer = AutoTokenizer.from_pretrained(source)
         probes = _probes(recipe, run, tokenizer)
-        name = f"{arm}/seed-{seed}"
-        checks[name] = [
+        checked = f"{arm}/seed-{seed}"
+        checks[checked] = [
             export_safetensors(model, tokenizer, target, dtype=recipe.export.dtype, probes=probes).as_dict()
         ]
-        kept = source / "kept.json"
-        if kept.is_file():
-            shutil.copy(kept, target)
+        for name in ("kept.json", PRUNED):
+            if (source / name).is_file():
+                shutil.copy(source / name, target)
         if recipe.export.gguf:
-            checks[name].append(export_gguf(model, tokenizer, gguf, probes=probes).as_dict())
+            checks[checked].append(export_gguf(model, tokenizer, gguf, probes=probes).as_dict())
     # An agent's arms are measured as they act, not in llama.cpp alone.
     if recipe.export.gguf and recipe.task == "chat" and not served(recipe):
         checks |= _teacher(recipe, run)
@@ -66,6 +67,5 @@ def _teacher(recipe: ChatRecipe, run: Run) -> dict[str, Any]:
 
 
 def _probes(recipe: ChatRecipe, run: Run, tokenizer: Any) -> list[list[int]]:
-    conversations, _ = read_conversations(run.path("data", "val.jsonl"), key="val", on_bad_line="stop")
-    examples = encode(recipe, tokenizer, conversations[:_PROBES])[0]
+    examples = encode(recipe, tokenizer, run_conversations(recipe, run, "val")[:_PROBES])[0]
     return [example.ids[:_PROBE_TOKENS].tolist() for example in examples]

@@ -17,13 +17,12 @@ from attar.students.adapt import existing_model, fresh_model
 from attar.students.shrink import choose_layers, copy_model, keep_layers
 from attar.students.vocabulary import trim_vocabulary
 from attar.students.width import Widths, measure_importance, narrow
-from attar.tokens import encode_conversations
+from attar.tokens.training import encode, tokenizer_for
 
 __all__ = [
     "Student",
     "build_student",
     "different_tokens",
-    "encode",
     "load_teacher_model",
     "require_one_vocabulary",
     "teacher_and_tokenizer",
@@ -42,16 +41,6 @@ class Student(NamedTuple):
     """[vocabulary], the teacher's id of each token; None where the vocabulary is the teacher's"""
 
 
-def encode(recipe: ChatRecipe, tokenizer: Any, conversations: Sequence[Conversation]) -> Any:
-    """Tokenised examples of conversations, and the counts; see ``attar.tokens.encode_conversations``."""
-    return encode_conversations(
-        tokenizer,
-        conversations,
-        max_tokens=recipe.curate.max_tokens,
-        max_truncated=recipe.curate.max_truncated,
-    )
-
-
 def load_teacher_model(recipe: ChatRecipe) -> tuple[Any, Any]:
     """The teacher and its tokenizer, in eval mode.
 
@@ -65,7 +54,7 @@ def load_teacher_model(recipe: ChatRecipe) -> tuple[Any, Any]:
             "objectives, and students cut from it, need hf:FOLDER"
         )
     engine = load_local(recipe.teacher.model, dtype=recipe.teacher.dtype, device=resolve_device(recipe.run.device))
-    return engine.model, engine.tokenizer
+    return engine.model, tokenizer_for(recipe, engine.tokenizer)
 
 
 def teacher_and_tokenizer(recipe: ChatRecipe) -> tuple[Any | None, Any]:
@@ -74,7 +63,7 @@ def teacher_and_tokenizer(recipe: ChatRecipe) -> tuple[Any | None, Any]:
     """
     if recipe.only_words:
         return None, None
-    return (None, teacher_tokenizer(recipe)) if served(recipe) else load_teacher_model(recipe)
+    return (None, tokenizer_for(recipe, teacher_tokenizer(recipe))) if served(recipe) else load_teacher_model(recipe)
 
 
 def different_tokens(student: Student, teachers_tokenizer: Any) -> list[str]:
@@ -127,6 +116,7 @@ def build_student(
         source, tokenizer = existing_model(
             recipe.student.model, dtype=recipe.student.dtype, device=resolve_device(recipe.run.device)
         )
+        tokenizer = tokenizer_for(recipe, tokenizer)
     sizes = {
         "num_hidden_layers": shrink.layers,
         "hidden_size": shrink.hidden,

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, T
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
-from attar.data.conversations import read_conversations
+from attar.data.types import Conversation
 from attar.engines.heads import check_head, head_of
 from attar.engines.load import served, teacher_tokenizer
 from attar.engines.local import resolve_device
@@ -33,12 +34,13 @@ from attar.students.adapt import add_lora
 from attar.students.export_lm import merge
 from attar.students.language import (
     build_student,
-    encode,
     load_teacher_model,
     require_one_vocabulary,
     teacher_and_tokenizer,
 )
 from attar.tokens import TokenizedExample
+from attar.tokens.pruning import FILE as PRUNED
+from attar.tokens.training import encode, pruned_prompt, run_conversations, run_file
 from attar.train.batches import Collator, TokenizedRows
 from attar.train.language_model import LanguageModel
 from attar.train.objectives import AnyObjective, Feature, Logit, Response
@@ -47,10 +49,44 @@ from attar.train.trainer import DistillationTrainer, last_checkpoint
 from attar.train.writing import Sampling, ends_of
 from attar.workspace import Run, replace_folder, write_json
 
-__all__ = ["fit", "objectives_of", "train"]
+__all__ = ["Course", "counts_of", "fit", "make_base", "objectives_of", "train", "train_all"]
 
 KEPT = "kept.json"
 """in a student's folder: the teacher's id of each of its tokens, where its vocabulary was trimmed"""
+
+
+@dataclass(frozen=True)
+class Course:
+    """One training: who learns what, from which weights on. Folders and files are those of the run."""
+
+    arm: str
+    """whose objectives are learned"""
+    seed: int
+    folder: tuple[str, ...]
+    """where the trained model goes"""
+    start: tuple[str, ...] = ("models", "base", "seed-0")
+    more: tuple[tuple[str, ...], ...] = ()
+    """files of conversations that are learned beside the split ``train``"""
+    epochs: float | None = None
+    """None: the recipe's"""
+
+    @property
+    def work(self) -> tuple[str, ...]:
+        """Folder of checkpoints."""
+        return ("work", *self.folder)
+
+    def conversations(self, recipe: ChatRecipe, run: Run) -> list[Conversation]:
+        """What is learned."""
+        found = run_conversations(recipe, run, "train")
+        for file in self.more:
+            found += run_file(recipe, run, run.path(*file))
+        return found
+
+    def tokens(self, recipe: ChatRecipe, run: Run) -> float:
+        """Tokens that are computed in this course, padding aside."""
+        tokenizer = AutoTokenizer.from_pretrained(run.path(*self.start))
+        examples, _ = encode(recipe, tokenizer, self.conversations(recipe, run))
+        return sum(map(len, examples)) * (self.epochs or recipe.train.epochs)
 
 
 def objectives_of(recipe: ChatRecipe, arm: str) -> list[AnyObjective]:
@@ -71,33 +107,44 @@ def objectives_of(recipe: ChatRecipe, arm: str) -> list[AnyObjective]:
 
 def train(recipe: ChatRecipe, run: Run) -> dict[str, Any]:
     """Make the untrained student, and train every arm and seed that is not there yet."""
-    _base(recipe, run)
-    for arm in ("student", "control"):
-        for seed in recipe.train.seeds:
-            folder, work = run.path("models", arm, f"seed-{seed}"), run.path("work", arm, f"seed-{seed}")
-            if not folder.exists():
-                if recipe.train.accelerate is None:
-                    fit(recipe, run, arm, seed)
-                else:
-                    _launch(recipe, run, arm, seed)
-            shutil.rmtree(work, ignore_errors=True)
-    shutil.rmtree(run.path("work"), ignore_errors=True)
+    make_base(recipe, run)
+    courses = [
+        Course(arm, seed, ("models", arm, f"seed-{seed}"))
+        for arm in ("student", "control")
+        for seed in recipe.train.seeds
+    ]
+    train_all(recipe, run, courses)
     student, control = objectives_of(recipe, "student"), objectives_of(recipe, "control")
-    return {
-        "seeds": list(recipe.train.seeds),
-        "control_equals_student": student == control,
-        "parameters": json.loads(run.path("models", "base", "about.json").read_text("utf-8"))["parameters"],
-    }
+    return counts_of(recipe, run) | {"control_equals_student": student == control}
 
 
-def _base(recipe: ChatRecipe, run: Run) -> None:
+def train_all(recipe: ChatRecipe, run: Run, courses: Sequence[Course]) -> None:
+    """Train what is not there yet, one course after another."""
+    for course in courses:
+        if not run.path(*course.folder).exists():
+            if recipe.train.accelerate is None:
+                fit(recipe, run, course)
+            else:
+                _launch(recipe, run, course)
+        shutil.rmtree(run.path(*course.work), ignore_errors=True)
+    shutil.rmtree(run.path("work"), ignore_errors=True)
+
+
+def counts_of(recipe: ChatRecipe, run: Run) -> dict[str, Any]:
+    """What a stage of training tells of itself."""
+    about = json.loads(run.path("models", "base", "about.json").read_text("utf-8"))
+    return {"seeds": list(recipe.train.seeds), "parameters": about["parameters"]}
+
+
+def make_base(recipe: ChatRecipe, run: Run) -> None:
+    """Make the untrained student, unless it is there."""
     folder = run.path("models", "base", "seed-0")
     if folder.exists():
         return
     teacher, tokenizer = teacher_and_tokenizer(recipe)
     if teacher is not None:
         check_head(teacher, tokenizer)
-    student = build_student(recipe, teacher, tokenizer, _conversations(run, "train"), recipe.run.seed)
+    student = build_student(recipe, teacher, tokenizer, run_conversations(recipe, run, "train"), recipe.run.seed)
     check_head(student.model, student.tokenizer)
     require_one_vocabulary(recipe, student, tokenizer)
     parameters = {
@@ -109,38 +156,37 @@ def _base(recipe: ChatRecipe, run: Run) -> None:
         student.tokenizer.save_pretrained(temporary)
         if student.kept is not None:
             write_json(temporary / KEPT, student.kept.tolist())
+        cut = pruned_prompt(recipe, run)
+        if cut is not None:
+            cut.save(temporary)
     write_json(run.path("models", "base", "about.json"), {"parameters": parameters})
 
 
-def _conversations(run: Run, split: str) -> Any:
-    return read_conversations(run.path("data", f"{split}.jsonl"), key=split, on_bad_line="stop")[0]
-
-
-def _launch(recipe: ChatRecipe, run: Run, arm: str, seed: int) -> None:
+def _launch(recipe: ChatRecipe, run: Run, course: Course) -> None:
     """Train under ``accelerate launch``; this process keeps the run's lock and waits."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(recipe.train.accelerate)]
-    worker = ["-m", "attar.train.chat", str(run.path("recipe.resolved.yaml")), arm, str(seed)]
+    worker = ["-m", "attar.train.chat", str(run.path("recipe.resolved.yaml")), json.dumps(asdict(course))]
     done = subprocess.run([*command, *worker], check=False)
     if done.returncode:
         raise RunError(
-            f"accelerate launch ended with {done.returncode} while it trained {arm} seed {seed}; its messages are "
-            f"above. Check {recipe.train.accelerate}, or leave train.accelerate out to train in one process"
+            f"accelerate launch ended with {done.returncode} while it trained {course.arm} seed {course.seed}; its "
+            f"messages are above. Check {recipe.train.accelerate}, or leave train.accelerate out to train in one process"
         )
 
 
-def _arguments(recipe: ChatRecipe, folder: Path, seed: int) -> TrainingArguments:
+def _arguments(recipe: ChatRecipe, folder: Path, course: Course) -> TrainingArguments:
     train = recipe.train
     try:
         return TrainingArguments(
             output_dir=str(folder),
-            num_train_epochs=train.epochs,
+            num_train_epochs=course.epochs or train.epochs,
             learning_rate=train.learning_rate,
             gradient_accumulation_steps=train.gradient_accumulation_steps,
             weight_decay=train.weight_decay,
             max_grad_norm=train.max_grad_norm,
             optim=train.optimizer,
             lr_scheduler_type="cosine",
-            seed=seed,
+            seed=course.seed,
             bf16=train.precision == "bf16",
             fp16=train.precision == "fp16",
             use_cpu=resolve_device(recipe.run.device).type == "cpu",
@@ -174,10 +220,10 @@ class _Report(TrainerCallback):  # type: ignore[misc]
         self._seen = state.global_step
 
 
-def load_base(recipe: ChatRecipe, run: Run, seed: int) -> tuple[Any, Any, Tensor | None]:
-    """The untrained student as it is trained, with its adapters; its tokenizer; what of the vocabulary it kept."""
+def _load_start(recipe: ChatRecipe, run: Run, course: Course) -> tuple[Any, Any, Tensor | None]:
+    """The student as it is before the course, with its adapters; its tokenizer; what of the vocabulary it kept."""
     logging.disable_progress_bar()
-    folder = run.path("models", "base", "seed-0")
+    folder, seed = run.path(*course.start), course.seed
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, recipe.student.dtype))
     lora = recipe.student.lora
     if lora is not None:
@@ -188,26 +234,27 @@ def load_base(recipe: ChatRecipe, run: Run, seed: int) -> tuple[Any, Any, Tensor
     return model, AutoTokenizer.from_pretrained(folder), ids
 
 
-def fit(recipe: ChatRecipe, run: Run, arm: str, seed: int) -> None:
-    """Train one arm with one seed, from the last whole checkpoint on, and keep what was best on ``val``.
+def fit(recipe: ChatRecipe, run: Run, course: Course) -> None:
+    """Train one course, from the last whole checkpoint on, and keep what was best on ``val``.
 
-    Runs in every process of a distributed run; the main one writes ``models/<arm>/seed-<k>``.
+    Runs in every process of a distributed run; the main one writes the course's folder.
     """
     with contextlib.ExitStack() as open_servers:
-        _fit(recipe, run, arm, seed, open_servers)
+        _fit(recipe, run, course, open_servers)
 
 
-def _fit(recipe: ChatRecipe, run: Run, arm: str, seed: int, open_servers: contextlib.ExitStack) -> None:
-    objectives = objectives_of(recipe, arm)
-    work = run.path("work", arm, f"seed-{seed}")
-    student, tokenizer, kept = load_base(recipe, run, seed)
+def _fit(recipe: ChatRecipe, run: Run, course: Course, open_servers: contextlib.ExitStack) -> None:
+    objectives = objectives_of(recipe, course.arm)
+    work = run.path(*course.work)
+    student, tokenizer, kept = _load_start(recipe, run, course)
     examples: dict[str, list[TokenizedExample]] = {}
-    for split in ("train", "val"):
-        examples[split], counts = encode(recipe, tokenizer, _conversations(run, split))
+    found = {"train": course.conversations(recipe, run), "val": run_conversations(recipe, run, "val")}
+    for split, conversations in found.items():
+        examples[split], counts = encode(recipe, tokenizer, conversations)
         run.progress.note(f"  {split}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items() if n))
     rows = {split: TokenizedRows(found, recipe.train.tokens_per_batch) for split, found in examples.items()}
     written: dict[str, Packed] | None = None
-    if recipe.distill.on_policy.share > 0 and arm == "student":
+    if recipe.distill.on_policy.share > 0 and course.arm == "student":
         rows["train"] = own = _on_policy_rows(recipe, student, tokenizer, examples["train"], open_servers)
         written = own.records
     teacher, reader = None, None
@@ -229,7 +276,7 @@ def _fit(recipe: ChatRecipe, run: Run, arm: str, seed: int, open_servers: contex
     )
     if recipe.train.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
-    arguments = _arguments(recipe, work, seed)
+    arguments = _arguments(recipe, work, course)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     try:
         trainer = DistillationTrainer(
@@ -249,14 +296,14 @@ def _fit(recipe: ChatRecipe, run: Run, arm: str, seed: int, open_servers: contex
     run.progress.note(f"  {trainer.real_share:.1%} of the tokens computed are no padding")
     trainer.remove_callback(PrinterCallback)
     start = _resume_from(work, arguments)
-    with track(run.progress, f"training {arm} seed {seed}", steps) as step:
+    with track(run.progress, f"training {course.arm} seed {course.seed}", steps) as step:
         trainer.add_callback(_Report(step))
         trainer.train(resume_from_checkpoint=str(start) if start else None)
     final = work / "final"
     trainer.save_model(str(final))
     if trainer.is_world_process_zero():
         curves = _curves(trainer.state.log_history)
-        _assemble(recipe, run, arm, seed, final, curves)
+        _assemble(recipe, run, course, final, curves)
     trainer.accelerator.wait_for_everyone()
 
 
@@ -312,11 +359,11 @@ def _curves(history: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
     return [points[step] for step in sorted(points)]
 
 
-def _assemble(recipe: ChatRecipe, run: Run, arm: str, seed: int, final: Path, curves: Any) -> None:
+def _assemble(recipe: ChatRecipe, run: Run, course: Course, final: Path, curves: Any) -> None:
     """A plain model from the trained weights: adapters merged, projectors left out."""
     from safetensors.torch import load_file
 
-    model, tokenizer, kept = load_base(recipe, run, seed)
+    model, tokenizer, kept = _load_start(recipe, run, course)
     state = load_file(final / "model.safetensors")
     own = {name.removeprefix("student."): tensor for name, tensor in state.items() if name.startswith("student.")}
     result = model.load_state_dict(own, strict=False)
@@ -327,21 +374,37 @@ def _assemble(recipe: ChatRecipe, run: Run, arm: str, seed: int, final: Path, cu
             f"{final} does not hold the student's weights: {(missing + result.unexpected_keys)[0]} and others"
         )
     plain, _ = merge(model)
-    with replace_folder(run.path("models", arm, f"seed-{seed}")) as temporary:
+    with replace_folder(run.path(*course.folder)) as temporary:
         plain.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         if kept is not None:
             write_json(temporary / KEPT, kept.tolist())
+        cut = run.path(*course.start, PRUNED)
+        if cut.is_file():
+            shutil.copy(cut, temporary)
         (temporary / "curves.json").write_text(json.dumps(curves, indent=1), "utf-8")
 
 
 def main() -> None:
-    """What ``accelerate launch`` runs in every process: RECIPE ARM SEED."""
+    """What ``accelerate launch`` runs in every process: RECIPE COURSE."""
     from attar.recipe import load_recipe
 
     recipe = load_recipe(sys.argv[1])
     assert isinstance(recipe, ChatRecipe)
-    fit(recipe, Run(recipe.folder, Silent(), {"stages": {}, "begun": {}, "files": {}}), sys.argv[2], int(sys.argv[3]))
+    run = Run(recipe.folder, Silent(), {"stages": {}, "begun": {}, "files": {}})
+    stated = json.loads(sys.argv[2])
+    fit(
+        recipe,
+        run,
+        Course(
+            arm=stated["arm"],
+            seed=stated["seed"],
+            folder=tuple(stated["folder"]),
+            start=tuple(stated["start"]),
+            more=tuple(map(tuple, stated["more"])),
+            epochs=stated["epochs"],
+        ),
+    )
 
 
 if __name__ == "__main__":
