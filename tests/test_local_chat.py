@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from attar.data.conversations import BadRow, parse_conversation
+from attar.data.conversations import parse_conversation
 from attar.data.types import Message
 from attar.engines.base import Answer, ChatEngine, ChatRequest, Failure
-from attar.engines.calls import read_message
 from attar.engines.load import load_chat_teacher
 from attar.engines.local import load_local
 from attar.engines.local_chat import LocalChat
@@ -102,14 +101,14 @@ def test_stop_texts_end_an_answer_and_do_not_stand_in_it(engine):
 
 
 def test_what_cannot_be_asked_is_said(engine):
+    with pytest.raises(CapabilityError, match="cannot give top_logprobs"):
+        answers(engine, [request(top_logprobs=2)])
     for options, said in (
-        ({"schema": {}}, "fits a schema"),
-        ({"top_logprobs": 2}, "top_logprobs"),
-        ({"tool_choice": "required"}, "'required'"),
-        ({"tools": (WEATHER,)}, "does not write <tool_call>"),
+        ({"schema": {"type": "object"}}, "an answer that fits a schema needs an engine that is constrained"),
+        ({"tools": (WEATHER,), "tool_choice": "required"}, "a call that must be made needs an engine"),
     ):
         with pytest.raises(CapabilityError, match=said):
-            answers(engine, [request(**options)])
+            answers(engine, [request(**options)], constrained=False)
     outcome = answers(engine, [request("play " * 600), request("play", n=2)])
     assert outcome[0].reason == "bad request"
     assert outcome[0].final
@@ -117,24 +116,6 @@ def test_what_cannot_be_asked_is_said(engine):
     assert isinstance(outcome[1], Answer)
     refused = answers(engine, [ChatRequest((Message("tool", "x"),), 4)])
     assert isinstance(refused[0], Answer | Failure)
-
-
-def test_what_a_model_wrote_is_read_as_reasoning_text_and_calls():
-    call = '<tool_call>\n{"name": "weather", "arguments": {"n": 3}}\n</tool_call>'
-    text = f"<think>\nhm\n</think>\n\nLet me look.\n{call}"
-    message = read_message(text, tools=True, thinking=False)
-    assert (message.reasoning, message.content) == ("hm", "Let me look.")
-    assert [(c.name, c.arguments) for c in message.tool_calls] == [("weather", {"n": 3})]
-    assert read_message(text, tools=False, thinking=False).content.startswith("Let me look.\n<tool_call>")
-    opened = read_message("so be it</think>\nyes", tools=False, thinking=True)
-    assert (opened.reasoning, opened.content) == ("so be it", "yes")
-    cut = read_message("<think>never", tools=False, thinking=False)
-    assert (cut.reasoning, cut.content) == ("never", "")
-    assert read_message(" as it is \n", tools=True, thinking=False) == Message("assistant", " as it is \n")
-    for bad in ("<tool_call>{x}</tool_call>", '<tool_call>{"name": "a"', '<tool_call>{"arguments": {}}</tool_call>'):
-        with pytest.raises(BadRow) as caught:
-            read_message(bad, tools=True, thinking=False)
-        assert caught.value.reason == "bad tool call"
 
 
 def recipe_of(model, **more):

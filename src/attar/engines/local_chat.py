@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -11,11 +13,15 @@ from torch import Tensor
 
 from attar.data.conversations import BadRow
 from attar.engines.base import Answer, Capability, ChatRequest, Failure
-from attar.engines.calls import CALL, read_message
+from attar.engines.calls import THINK, THOUGHT, Form, form_of, knows_tools, read_message
+from attar.engines.calls.constrain import Constraints, Matcher
+from attar.engines.calls.grammar import grammar_of
+from attar.engines.calls.schemas import check_tools
 from attar.engines.heads import head_of, plain_model
 from attar.engines.local import LocalEngine
-from attar.errors import CapabilityError, DataError
+from attar.errors import CapabilityError, DataError, RunError
 from attar.tokens import encode_request
+from attar.tokens.hermes import with_hermes
 
 __all__ = ["LocalChat"]
 
@@ -26,13 +32,21 @@ class _Row:
 
     index: int
     request: ChatRequest
+    tools: tuple[dict[str, Any], ...]
+    """on offer"""
     prompt: list[int]
     room: int
     """tokens that may be written"""
     generator: torch.Generator
+    thinking: bool
+    """whether the prompt has opened a reasoning"""
+    matcher: Matcher | None
+    """what the answer is held to"""
     written: list[int] = field(default_factory=list)
     text: str | None = None
     """up to the text that ended it, if one did"""
+    problem: str | None = None
+    """why it could not be held to its grammar any further"""
 
 
 class LocalChat:
@@ -41,13 +55,21 @@ class LocalChat:
     What a request leaves open is as the model's ``generation_config`` has it. With a seed, an answer depends on the
     request alone, except that a batch rounds otherwise than a single row does, which can turn a close choice.
 
+    An answer that must fit a schema, a call that must be made, and a call once it is begun are held to a grammar: the
+    model chooses among the tokens that may come next. Calls stand in the form in which the model's own template writes
+    them; a template that knows no tools is given one that does (:mod:`attar.tokens.hermes`).
+
     Args:
         engine: the model and its tokenizer.
         name: of the model, in answers.
         tokens_per_batch: of the prompts that are answered together, padding included.
+        constrained: hold calls to a grammar; else what the model writes is only read, and what cannot be read fails.
     """
 
-    def __init__(self, engine: LocalEngine, *, name: str, tokens_per_batch: int = 512) -> None:
+    def __init__(
+        self, engine: LocalEngine, *, name: str, tokens_per_batch: int = 512, constrained: bool = True
+    ) -> None:
+        self._constrained = constrained
         self._engine, self._name, self._tokens_per_batch = engine, name, tokens_per_batch
         self._decoder = plain_model(engine.model).get_decoder()
         self._head = head_of(engine.model, engine.tokenizer)
@@ -67,9 +89,12 @@ class LocalChat:
     def chat(self, requests: Iterable[ChatRequest | None]) -> Iterator[tuple[int, Answer | Failure]]:
         """Answer requests in batches; see :class:`attar.engines.base.ChatEngine`.
 
+        A request whose tools or schema cannot be held to fails (``bad request``) before anything is written.
+
         Raises:
-            CapabilityError: a request asks for a schema, log-probabilities, a call that must be made, or tools where
-                the template writes calls in a form that is not known here.
+            CapabilityError: a request asks for log-probabilities; for tools where the template writes calls in a form
+                that is not known here; for a schema or a call that must be made of an engine that is not constrained.
+            MissingExtra: an answer is to be held to a grammar, and llguidance is not installed.
         """
         batch: list[_Row] = []
         index = -1
@@ -91,23 +116,25 @@ class LocalChat:
         yield from self._answer(batch)
 
     def _row(self, index: int, request: ChatRequest) -> _Row | Failure:
-        for wanted, cure in (
-            (request.schema is not None, "an answer that fits a schema"),
-            (request.top_logprobs is not None, "top_logprobs"),
-            (request.tool_choice not in (None, "auto", "none"), f"tool_choice {request.tool_choice!r}"),
-            (
-                bool(request.tools) and CALL not in self._engine.tokenizer.get_chat_template(None, list(request.tools)),
-                f"calls of tools (its template does not write {CALL})",
-            ),
-        ):
-            if wanted:
-                raise CapabilityError(
-                    f"{self._name} in this process cannot give {cure}; serve it (vLLM, llama.cpp) and name it as "
-                    "openai:NAME with its base_url"
-                )
+        demanded = request.tool_choice not in (None, "auto", "none")
+        if request.top_logprobs is not None:
+            raise CapabilityError(
+                f"{self._name} in this process cannot give top_logprobs; serve it (vLLM, llama.cpp) and name it as "
+                "openai:NAME with its base_url"
+            )
+        if not self._constrained and (request.schema is not None or demanded):
+            wanted = "an answer that fits a schema" if request.schema is not None else "a call that must be made"
+            raise CapabilityError(f"{wanted} needs an engine that is constrained; leave constrained=False out")
         tools = () if request.tool_choice == "none" else request.tools
+        tooled = bool(tools) or any(message.tool_calls or message.role == "tool" for message in request.messages)
+        tokenizer = self._tooled if tooled else self._engine.tokenizer
         try:
-            prompt = encode_request(self._engine.tokenizer, request.messages, tools)
+            check_tools(tools)
+            if demanded and not tools:
+                raise DataError(f"tool_choice is {request.tool_choice!r}, and no tools are on offer; offer some")
+            prompt = encode_request(tokenizer, request.messages, tools)
+            thinking = str(tokenizer.decode(prompt[-8:])).rstrip().endswith(THINK)
+            matcher = self._matcher(request, tools, thinking)
         except DataError as error:
             return Failure("bad request", str(error), final=True, usd=0.0)
         room = request.max_tokens
@@ -118,7 +145,39 @@ class LocalChat:
             return Failure("bad request", detail, final=True, usd=0.0)
         generator = torch.Generator()
         generator.seed() if request.seed is None else generator.manual_seed(request.seed)
-        return _Row(index, request, prompt, room, generator)
+        return _Row(index, request, tools, prompt, room, generator, thinking, matcher)
+
+    def _matcher(self, request: ChatRequest, tools: tuple[dict[str, Any], ...], thinking: bool) -> Matcher | None:
+        """What the answer to a request is held to; None where any text will do."""
+        if not self._constrained or (request.schema is None and not tools):
+            return None
+        reasons = THOUGHT in self._engine.tokenizer.get_chat_template(None, list(tools) or None)
+        constraints = self._constraints
+        grammar = grammar_of(
+            form=self._form if tools else None,
+            tools=tools,
+            choice=request.tool_choice,
+            schema=request.schema,
+            thinking="opened" if thinking else "allowed" if reasons else "never",
+            apart=constraints.apart,
+            words=constraints.words,
+        )
+        return constraints.matcher(grammar)
+
+    @cached_property
+    def _tooled(self) -> Any:
+        """The tokenizer with a template that knows tools."""
+        tokenizer = self._engine.tokenizer
+        return tokenizer if knows_tools(tokenizer) else with_hermes(tokenizer)
+
+    @cached_property
+    def _form(self) -> Form:
+        """How the model writes calls."""
+        return form_of(self._tooled)
+
+    @cached_property
+    def _constraints(self) -> Constraints:
+        return Constraints(self._engine.tokenizer, self._ends, self._head.vocabulary)
 
     @torch.inference_mode()
     def _answer(self, batch: list[_Row]) -> Iterator[tuple[int, Answer | Failure]]:
@@ -141,7 +200,7 @@ class LocalChat:
             cache = output.past_key_values
             logits = self._head.logits(output.last_hidden_state[:, -1]).float().cpu()
             for row, values in zip(rows, logits, strict=True):
-                row.written.append(self._pick(values, row))
+                self._write(row, values)
             ended = [self._ended(row) for row in rows]
             for row, reason in zip(rows, ended, strict=True):
                 if reason is not None:
@@ -156,6 +215,17 @@ class LocalChat:
             ids = torch.tensor([row.written[-1:] for row in rows], device=device)
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             positions = positions[:, -1:] + 1
+
+    def _write(self, row: _Row, logits: Tensor) -> None:
+        """Add the next token to a row, of logits [vocabulary]."""
+        try:
+            token = self._pick(logits if row.matcher is None else row.matcher.mask(logits), row)
+            if row.matcher is not None and token not in self._ends:
+                row.matcher.take(token)
+        except RunError as error:
+            row.problem = str(error)
+            return
+        row.written.append(token)
 
     def _pick(self, logits: Tensor, row: _Row) -> int:
         """The next token, of logits [vocabulary]."""
@@ -173,33 +243,62 @@ class LocalChat:
         return int(order[torch.multinomial(shares, 1, generator=row.generator)])
 
     def _ended(self, row: _Row) -> Literal["stop", "length"] | None:
+        if row.problem is not None:
+            return "stop"
         if row.written[-1] in self._ends:
             row.written.pop()
             return "stop"
+        if row.matcher is not None and row.matcher.over:
+            return "stop"
         if row.request.stop:
-            text = self._decode(row.written)
+            text = self._decode(row)
             found = [text.index(stop) for stop in row.request.stop if stop in text]
             if found:
                 row.text = text[: min(found)]
                 return "stop"
         return "length" if len(row.written) >= row.room else None
 
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._engine.tokenizer.decode(ids, skip_special_tokens=True))
+    def _decode(self, row: _Row) -> str:
+        marks = {THINK, THOUGHT, *(self._form.marks if row.tools else ())}
+        spoken = [i for i in row.written if (special := self._special.get(i)) is None or special in marks]
+        return str(self._engine.tokenizer.decode(spoken, skip_special_tokens=False))
+
+    @cached_property
+    def _special(self) -> dict[int, str]:
+        """The special tokens, which are no part of a text unless they mark something in it."""
+        added = self._engine.tokenizer.added_tokens_decoder.items()
+        return {number: token.content for number, token in added if token.special}
 
     def _read(self, row: _Row, reason: Literal["stop", "length"]) -> Answer | Failure:
-        text = self._decode(row.written) if row.text is None else row.text
-        opened = str(self._engine.tokenizer.decode(row.prompt[-8:])).rstrip().endswith("<think>")
+        request = row.request
+        if row.problem is not None:
+            return Failure("bad request", row.problem, final=True, usd=0.0)
+        text = self._decode(row) if row.text is None else row.text
+        form = self._form if row.tools else None
         try:
-            message = read_message(text, tools=bool(row.request.tools) and reason == "stop", thinking=opened)
+            message = read_message(text, form, tools=row.tools, thinking=row.thinking, cut=reason == "length")
         except BadRow as bad:
             return Failure(bad.reason, str(bad), final=True, usd=0.0)
+        if reason == "stop" and not message.tool_calls:
+            # Only a text that ends the answer can have cut it short.
+            if request.tool_choice not in (None, "auto", "none"):
+                return Failure("no tool call", f"{text[:200]!r} was written", final=True, usd=0.0)
+            if request.schema is not None and not _is_json(message.content):
+                return Failure("not json", f"{text[:200]!r} was written", final=True, usd=0.0)
         return Answer(
             message=message,
-            finish_reason="tool_calls" if message.tool_calls else reason,
+            finish_reason="tool_calls" if message.tool_calls and reason == "stop" else reason,
             prompt_tokens=len(row.prompt),
             completion_tokens=len(row.written),
             cached_tokens=0,
             model=self._name,
             usd=0.0,
         )
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
