@@ -1,6 +1,8 @@
 """What is learned of an episode under each family of chat templates, and what the model is asked with; literally."""
 
 import copy
+import json
+import urllib.request
 from collections import Counter
 
 import pytest
@@ -9,7 +11,9 @@ import chats
 import families
 from attar.data.conversations import parse_conversation
 from attar.engines.calls import read_message
+from attar.engines.gguf import load_gguf
 from attar.errors import DataError, ModelError
+from attar.students.gguf_file import write_gguf
 from attar.tokens import (
     LossWeights,
     encode_conversation,
@@ -21,6 +25,7 @@ from attar.tokens import (
     with_tools,
 )
 from families import FAMILIES, talk
+from lm import make_model
 
 CALLS = (
     '<tool_call>\n{"name": "weather", "arguments": {"town": "Oslo"}}\n</tool_call>\n'
@@ -292,3 +297,21 @@ def test_what_is_known_of_a_template_follows_it():
     assert not knows_tools(tokenizer)
     tokenizer.chat_template = families.tokenizer("qwen3").chat_template
     assert knows_tools(tokenizer)
+
+
+def test_llama_cpp_renders_the_supplied_template_alike(tmp_path):
+    """From the GGUF file that the student is exported to, with tools and without."""
+    pytest.importorskip("xllamacpp", reason="xllamacpp (llama.cpp) is not installed")
+    ready, one = with_tools(families.tokenizer("chatml")).tokenizer, talk()
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "head_dim": 8, "max_position_embeddings": 2048}
+    model = make_model(vocab_size=len(ready), **sizes)
+    write_gguf(model, ready, tmp_path / "student.gguf")
+    engine = load_gguf(str(tmp_path / "student.gguf"), tokenizer=ready, threads=1)
+    for end in (2, 5, 7):
+        for tools in (one.tools, ()):
+            body = {"messages": one.wire["messages"][:end]} | ({"tools": list(tools)} if tools else {})
+            data, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
+            request = urllib.request.Request(f"{engine.address}/apply-template", data, kind)
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                found = json.loads(answer.read())["prompt"]
+            assert found == ready.decode(encode_request(ready, one.messages[:end], tools))
