@@ -137,7 +137,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(job, tmp_path_factory):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(command, cwd=job, env=environment, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list(job.glob("killed/work/student/seed-0/checkpoint-*/complete")):
+    while time.monotonic() < deadline and not list(job.glob("killed/work/models/student/seed-0/checkpoint-*/complete")):
         assert process.poll() is None, process.stderr.read().decode()
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from attar.collect.filters import answers, limits, private, tools
+from attar.collect.filters import answers, episodes, limits, private, tools
 from attar.collect.rows import Row
-from attar.recipe import ChatRecipe, ClassifyRecipe
+from attar.recipe import AgentRecipe, ChatRecipe, ClassifyRecipe
 
 __all__ = ["Drop", "Filter", "row_filters"]
 
@@ -27,6 +27,14 @@ def row_filters(recipe: ChatRecipe | ClassifyRecipe) -> tuple[list[Filter], priv
     """The filters that the recipe asks for, in order, and the one among them that counts what it redacts."""
     settings = recipe.curate
     chosen: list[Filter] = []
+    if isinstance(recipe, AgentRecipe):
+        agent = recipe.curate
+        if agent.outcomes == "success":
+            chosen.append(episodes.Outcomes())
+        if agent.max_steps is not None:
+            chosen.append(episodes.Length(agent.max_steps))
+        if agent.ungrounded == "drop":
+            chosen.append(episodes.ungrounded)
     if isinstance(recipe, ChatRecipe):
         chat = recipe.curate
         if chat.tool_calls == "drop":
@@ -37,6 +45,8 @@ def row_filters(recipe: ChatRecipe | ClassifyRecipe) -> tuple[list[Filter], priv
             chosen.append(answers.unfinished)
         if chat.refusals == "drop":
             chosen.append(answers.Refusals(chat.refusal_patterns))
+    if isinstance(recipe, AgentRecipe):
+        chosen.append(episodes.Policies(recipe))
     if settings.length.min_characters is not None or settings.length.max_characters is not None:
         chosen.append(limits.Length(settings.length))
     if settings.languages:
