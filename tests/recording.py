@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import socket
+import struct
 import threading
 
 import httpx2
@@ -19,7 +21,7 @@ class Scripted:
     """An HTTP server that says what a test tells it to, byte by byte.
 
     ``script`` is called with (method, target, headers, body) and yields bytes to send, numbers of seconds to wait,
-    None to cut the connection, or False to close it in good order.
+    None to cut the connection (a reset), or False to close it in good order.
     """
 
     def __init__(self, script, tls=None):
@@ -57,6 +59,9 @@ class Scripted:
         self.requests.append((method, target, dict(headers), body))
         for step in self.script(method, target, dict(headers), body):
             if step is None:
+                # With no time to linger, closing is a reset: the other side can tell it from an end.
+                linger = struct.pack("ii", 1, 0)
+                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
                 writer.transport.abort()
                 return False
             if step is False:

@@ -24,8 +24,13 @@ def plain(monkeypatch):
         monkeypatch.delenv(name.upper(), raising=False)
 
 
+@contextlib.contextmanager
 def opened(url, **limits):
-    return Upstream(url, **{"connect_s": 60.0, "idle_s": 60.0} | limits)
+    there = Upstream(url, **{"connect_s": 60.0, "idle_s": 60.0} | limits)
+    try:
+        yield there
+    finally:
+        there.close()
 
 
 async def call(there, method="GET", target=b"/x", headers=(), body=b""):
@@ -44,11 +49,8 @@ def calls(script, *methods, **limits):
     """What the calls give, one after the other, and how many connections they took."""
 
     async def run(url):
-        there = opened(url, **limits)
-        try:
+        with opened(url, **limits) as there:
             return [await call(there, method) for method in methods]
-        finally:
-            there.close()
 
     with Scripted(script) as server:
         return asyncio.run(run(server.url)), server.connections
@@ -68,8 +70,11 @@ def test_a_connection_is_kept_and_used_again():
     "steps",
     [
         [answer(b"x", extra="connection: close\r\n")],
-        # Two answers to one request: the second belongs to no call.
+        # Two answers to one request: the second belongs to no call. Nor does what is no answer at all.
         [answer(b"x") + answer(b"y")],
+        [answer(b"x") + b"garbage"],
+        [answer(b"x", extra="connection: close\r\n") + b"garbage"],
+        [answer(b"x", extra="keep-alive: timeout=1\r\n")],
         [b"HTTP/1.0 200 OK\r\ncontent-length: 1\r\n\r\nx"],
         [b"HTTP/1.1 200 OK\r\n\r\nx", False],
     ],
@@ -119,6 +124,12 @@ def test_chunks_trailers_and_bytes_one_by_one():
         ([STREAM + part(b"ab") + b"zz\r\n"], 502, "broke off its answer: its answer is no HTTP"),
         ([b"HTTP/1.1 200 OK\r\n\r\nab", None], 502, "broke off"),
         ([False], 502, "gave no answer: it closed the connection"),
+        ([None], 502, "gave no answer: it closed the connection"),
+        (
+            [b"HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\n\r\n", 0.2],
+            502,
+            "gave no answer: it switched protocols",
+        ),
         ([100], 504, "did not answer within 0.2 s"),
         ([STREAM + part(b"ab"), 100], 504, "did not answer within 0.2 s"),
     ],
@@ -132,13 +143,14 @@ def test_what_goes_wrong(steps, status, said):
 
 def test_a_connection_that_upstream_closed_is_not_used_again():
     async def run(url):
-        there = opened(url)
-        await call(there)
-        ((_, connection),) = there._idle
-        deadline = time.monotonic() + 60
-        while not connection.lost and time.monotonic() < deadline:
-            await asyncio.sleep(0.01)
-        return await call(there)
+        with opened(url) as there:
+            await call(there)
+            ((_, connection),) = there._idle
+            deadline = time.monotonic() + 60
+            # Closing, and lost in the loop's next turn: a call that comes between takes another.
+            while not connection.transport.is_closing() and time.monotonic() < deadline:
+                await asyncio.sleep(0)
+            return await call(there)
 
     with Scripted(says(answer(b"x"), False)) as server:
         assert asyncio.run(run(server.url))[2] == b"x"
@@ -147,19 +159,68 @@ def test_a_connection_that_upstream_closed_is_not_used_again():
 
 def test_connections_are_kept_for_a_time_and_not_too_many(monkeypatch):
     async def run(url):
-        there = opened(url)
-        await asyncio.gather(*(call(there) for _ in range(5)))
-        kept = len(there._idle)
-        monkeypatch.setattr(module, "_KEPT_S", -1.0)
-        await call(there)
-        return kept, len(there._idle)
+        with opened(url) as there:
+            monkeypatch.setattr(module, "_KEPT_S", 60.0)
+            await asyncio.gather(*(call(there) for _ in range(5)))
+            kept = len(there._idle)
+            there.close()
+            monkeypatch.setattr(module, "_KEPT_S", 0.2)
+            await asyncio.gather(*(call(there) for _ in range(2)))
+            deadline = time.monotonic() + 0.3
+            while time.monotonic() < deadline:
+                await call(there)
+            # One was in use all the time, the other too long in none.
+            over = len(there._idle)
+            before = server.connections
+            await asyncio.sleep(0.25)
+            await call(there)
+            return kept, over, server.connections - before
 
     monkeypatch.setattr(module, "_KEPT", 3)
-    with Scripted(says(0.2, answer(b"x"))) as server:
-        kept, after = asyncio.run(run(server.url))
-    assert kept == 3
-    # What was kept too long goes; the others when their own time is over.
-    assert after < 3
+    with Scripted(says(0.02, answer(b"x"))) as server:
+        assert asyncio.run(run(server.url)) == (3, 1, 1)
+
+
+def test_a_connection_on_which_the_request_still_waits_is_not_used_again():
+    async def run():
+        async def hasty(reader, writer):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(answer(b"no", status="413 Content Too Large"))
+            try:
+                await asyncio.sleep(100)
+            finally:
+                writer.transport.abort()
+
+        async with await asyncio.start_server(hasty, "127.0.0.1", 0, limit=1 << 10) as server:
+            with opened(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}") as there:
+                size = 64 << 20
+                found = await call(there, "POST", headers=[(b"content-length", b"%d" % size)], body=bytes(size))
+                return found[::2], len(there._idle)
+
+    assert asyncio.run(run()) == ((413, b"no"), 0)
+
+
+def test_a_call_that_is_cancelled_ends_its_connection():
+    async def run(url):
+        with opened(url) as there:
+            for steps in (1, 2):
+                asking = asyncio.create_task(call(there))
+                while len(server.requests) < steps:
+                    await asyncio.sleep(0.01)
+                asking.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await asking
+                assert await asyncio.to_thread(server.gone.wait, 60)
+                server.gone.clear()
+            return len(there._idle)
+
+    def script(*_):
+        if len(server.requests) == 2:
+            yield STREAM + part(b"ab")
+        yield 100
+
+    with Scripted(script) as server:
+        assert asyncio.run(run(server.url)) == 0
 
 
 def test_a_slow_reader_holds_upstream_back():
@@ -178,15 +239,15 @@ def test_a_slow_reader_holds_upstream_back():
             writer.close()
 
         async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-            there = opened(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
-            reply = await there.ask("GET", b"/", [(b"host", there.authority)], b"")
-            await asyncio.sleep(0.3)
-            waiting = reply._connection._waiting
-            read = 0
-            while data := await reply.read():
-                read += len(data)
-            reply.close()
-            return waiting, read
+            with opened(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}") as there:
+                reply = await there.ask("GET", b"/", [(b"host", there.authority)], b"")
+                await asyncio.sleep(0.3)
+                waiting = reply._connection._waiting
+                read = 0
+                while data := await reply.read():
+                    read += len(data)
+                reply.close()
+                return waiting, read
 
     waiting, read = asyncio.run(run())
     assert waiting <= module._HIGH + (1 << 18)
@@ -197,8 +258,8 @@ def test_large_bodies_go_whole():
     body = os.urandom(3 << 20)
 
     async def run(url):
-        there = opened(url)
-        return await call(there, "POST", headers=[(b"content-length", b"%d" % len(body))], body=body)
+        with opened(url) as there:
+            return await call(there, "POST", headers=[(b"content-length", b"%d" % len(body))], body=body)
 
     with Scripted(lambda m, t, h, got: [answer({"same": got == body})]) as server:
         assert asyncio.run(run(server.url))[2] == b'{"same": true}'
@@ -206,7 +267,8 @@ def test_large_bodies_go_whole():
 
 def test_the_environments_proxy_is_used(monkeypatch):
     async def run(url, target):
-        return await call(opened(url), target=target)
+        with opened(url) as there:
+            return await call(there, target=target)
 
     with Scripted(lambda method, target, headers, body: [answer({"target": target, "headers": headers})]) as server:
         monkeypatch.setenv("http_proxy", server.url.replace("http://", "http://user:p%40ss@"))
@@ -214,11 +276,25 @@ def test_the_environments_proxy_is_used(monkeypatch):
         assert b'"target": "http://api.invalid:81/v1/x?a=1"' in body
         assert b'"proxy-authorization": "Basic dXNlcjpwQHNz"' in body
         assert b'"host": "api.invalid:81"' in body
-        monkeypatch.setenv("no_proxy", "127.0.0.1")
-        assert b'"target": "/x"' in asyncio.run(run(server.url, b"/x"))[2]
-    monkeypatch.setenv("http_proxy", "socks5://127.0.0.1:1")
-    with pytest.raises(UsageError, match=r"the proxy socks5://127\.0\.0\.1:1; an http:// one is wanted"):
-        opened("http://api.invalid")
+        for none in ("127.0.0.1", f"127.0.0.1:{server.port}"):
+            monkeypatch.setenv("no_proxy", none)
+            assert b'"target": "/x"' in asyncio.run(run(server.url, b"/x"))[2]
+    for wrong in ("socks5://u:p@127.0.0.1:1", "http://127.0.0.1:no"):
+        monkeypatch.setenv("http_proxy", wrong)
+        with pytest.raises(UsageError, match=rf"the proxy {wrong.replace('u:p@', '')}; an http:// one is wanted"):
+            Upstream("http://api.invalid", connect_s=1, idle_s=1)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://a..b", "http://x:99999", "http://x:y", "http://x/#a", "http://:p@x", "http://["]
+)
+def test_an_address_that_is_none(url):
+    with pytest.raises(UsageError, match="is no address"):
+        Upstream(url, connect_s=1, idle_s=1)
+
+
+def test_a_path_is_written_as_http_wants_it():
+    assert Upstream("http://x/a b/ü%20/", connect_s=1, idle_s=1).path == b"/a%20b/%C3%BC%20"
 
 
 def certificate():
@@ -250,17 +326,16 @@ async def tunnel(reader, writer):
 
 def test_encryption_is_checked_directly_and_through_a_proxy(monkeypatch):
     async def run(url):
-        there = opened(url)
-        found = [await call(there), await call(there)]
-        there.close()
-        return [body for _, _, body in found]
+        with opened(url) as there:
+            return [(await call(there))[2] for _ in range(2)]
 
     async def through(port):
         async with await asyncio.start_server(tunnel, "127.0.0.1", 0) as proxy:
             monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.sockets[0].getsockname()[1]}")
             found = await run(f"https://localhost:{port}")
-            with pytest.raises(Refused, match=r"cannot be reached through the proxy.*the proxy says 403"):
-                await call(opened(f"https://other.invalid:{port}"))
+            refused = pytest.raises(Refused, match=r"cannot be reached through the proxy.*the proxy says 403")
+            with opened(f"https://other.invalid:{port}") as other, refused:
+                await call(other)
             return found
 
     with Scripted(says(STREAM + part(b"x") + END), certificate()) as server:
@@ -275,6 +350,6 @@ def test_encryption_is_checked_directly_and_through_a_proxy(monkeypatch):
 
 
 def test_an_address_where_nobody_answers():
-    with pytest.raises(Refused, match="cannot be reached") as error:
-        asyncio.run(call(opened("http://127.0.0.1:1")))
+    with opened("http://127.0.0.1:1") as there, pytest.raises(Refused, match="cannot be reached") as error:
+        asyncio.run(call(there))
     assert error.value.status == 502

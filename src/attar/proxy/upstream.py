@@ -2,13 +2,15 @@
 
 Each call of a general client (httpcore2) took the recorder about as long as everything else together; here the parser
 is C, and what one read brought is handed on as one piece. Redirects, cookies and encodings are the caller's own affair.
-A call is never sent twice: whoever asked may try again, and knows whether that is safe (RFC 9110, section 9.2.2).
+A call is never sent twice, not even where upstream closed a kept connection as we used it: whoever asked may try again,
+and knows whether that is safe (RFC 9110, section 9.2.2).
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import re
 import ssl
 import time
 import urllib.parse
@@ -20,12 +22,13 @@ from attar.proxy.calls import Headers, Refused
 
 __all__ = ["Reply", "Upstream"]
 
-# Shorter than any server's own patience that we know of, so that a kept connection is not closed as we use it.
+# Shorter than the patience of common servers (5 s and more), so that a kept connection is not closed as we use it.
 _KEPT_S = 4.0
 _KEPT = 256
 # Bytes that may wait for a client that reads slowly, and that an answer's head may have.
 _HIGH = 1 << 18
 _HEAD = 1 << 18
+_PATIENCE = re.compile(rb"timeout\s*=\s*(\d+)", re.IGNORECASE)
 
 
 class _Connection(asyncio.Protocol):
@@ -75,12 +78,11 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.lost = True
-        if self._parser is not None and not self.complete:
+        if self._parser is not None:
             # An answer that has no length ends with its connection.
-            if self.began and not self._sized and error is None:
+            if self.began and not self._sized and error is None and self._error is None:
                 self.complete = True
-            else:
-                self._fail(f"it closed the connection{f' ({error})' if error else ''}")
+            self._fail(f"it closed the connection{f' ({error})' if error else ''}")
         self._wake()
 
     # The parser's side
@@ -95,10 +97,16 @@ class _Connection(asyncio.Protocol):
             return
         if 100 <= status < 200:
             self._passing, self.headers = True, []
+            if status == 101:
+                self._fail("it switched protocols, unasked")
             return
         self.status, self.began = status, True
-        self._sized = any(name.lower() in (b"content-length", b"transfer-encoding") for name, _ in self.headers)
-        self._keep = self._parser.should_keep_alive() and not self._bodiless
+        stated = {name.lower(): value for name, value in self.headers}
+        chunked = stated.get(b"transfer-encoding", b"").lower().endswith(b"chunked")
+        self._sized = chunked or b"content-length" in stated
+        patience = _PATIENCE.search(stated.get(b"keep-alive", b""))
+        self.kept_s = _KEPT_S if patience is None else min(_KEPT_S, int(patience[1]) - 1)
+        self._keep = self._parser.should_keep_alive() and not self._bodiless and self.kept_s > 0
         self.complete = self._bodiless
 
     def on_body(self, body: bytes) -> None:
@@ -121,7 +129,9 @@ class _Connection(asyncio.Protocol):
             self._waiter.set_result(None)
 
     def _fail(self, why: str) -> None:
-        self._error = self._error or why
+        # What comes after a whole answer does not unmake it.
+        if not self.complete:
+            self._error = self._error or why
 
     def _silent(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -161,8 +171,14 @@ class _Connection(asyncio.Protocol):
 
     @property
     def reusable(self) -> bool:
-        """Whether the call is over and the connection as good as new."""
-        return self.complete and self._keep and not self.lost and self._error is None and not self._pending
+        """Whether the call is over, its request gone out whole, and the connection as good as new."""
+        over = self.complete and self._keep and self._error is None and not self._pending
+        return over and self.open and self.transport.get_write_buffer_size() == 0
+
+    @property
+    def open(self) -> bool:
+        """Whether it can still be used; it may be closing before ``connection_lost`` is called."""
+        return not self.lost and not self.transport.is_closing()
 
     def rest(self) -> None:
         """Expect nothing until the next call."""
@@ -170,7 +186,7 @@ class _Connection(asyncio.Protocol):
 
 
 class Reply:
-    """An answer that has begun. ``close`` it, whatever happens."""
+    """An answer that has begun. ``close`` it once, whatever happens."""
 
     def __init__(self, upstream: Upstream, connection: _Connection) -> None:
         self._upstream, self._connection = upstream, connection
@@ -211,17 +227,22 @@ class Upstream:
 
     def __init__(self, url: str, *, connect_s: float, idle_s: float) -> None:
         self._parser = require("httptools", "record").HttpResponseParser
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
+        try:
+            parts = urllib.parse.urlsplit(url)
+            self._host, port = parts.hostname or "", parts.port
+            self.authority = parts.netloc.encode("idna")
+        except ValueError:
+            parts = urllib.parse.SplitResult("", "", "", "", "")
+        extra = parts.query or parts.fragment or "@" in parts.netloc
+        if parts.scheme not in ("http", "https") or not parts.hostname or extra:
             raise UsageError(f"upstream: {url!r} is no address; wanted http(s)://HOST[:PORT][/PATH]")
         self.url, self.connect_s, self.idle_s = url, connect_s, idle_s
-        self.authority = parts.netloc.encode("idna")
-        self.path = parts.path.rstrip("/").encode()
-        self._host, encrypted = parts.hostname, parts.scheme == "https"
-        self._port = parts.port or (443 if encrypted else 80)
+        self.path = urllib.parse.quote(parts.path.rstrip("/"), safe="/%:@!$&'()*+,;=").encode()
+        encrypted = parts.scheme == "https"
+        self._port = port or (443 if encrypted else 80)
         self._tls = ssl.create_default_context() if encrypted else None
         stated = urllib.request.getproxies()
-        bypassed = urllib.request.proxy_bypass(parts.hostname)
+        bypassed = urllib.request.proxy_bypass(f"{self._host}:{self._port}")
         self._via = None if bypassed else _via(stated.get(parts.scheme) or stated.get("all"))
         self._idle: list[tuple[float, _Connection]] = []
 
@@ -268,7 +289,7 @@ class Upstream:
         now = time.monotonic()
         while self._idle:
             until, connection = self._idle.pop()
-            if until > now and not connection.lost:
+            if until > now and connection.open:
                 return connection
             connection.transport.abort()
         return None
@@ -280,7 +301,7 @@ class Upstream:
             return
         connection.rest()
         now = time.monotonic()
-        self._idle.append((now + _KEPT_S, connection))
+        self._idle.append((now + connection.kept_s, connection))
         while len(self._idle) > _KEPT or self._idle[0][0] <= now:
             self._idle.pop(0)[1].transport.abort()
 
@@ -305,7 +326,8 @@ class Upstream:
         """Have a proxy connect to upstream, and speak TLS through it."""
         assert self._via is not None
         assert self._tls is not None
-        place = b"%s:%d" % (self._host.encode("idna"), self._port)
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        place = b"%s:%d" % (host.encode("idna"), self._port)
         credentials = [b"%s: %s" % pair for pair in self._via[2]]
         lines = [b"CONNECT %s HTTP/1.1" % place, b"host: " + place, *credentials, b"", b""]
         connection.begin(bodiless=True)
@@ -333,11 +355,15 @@ def _via(proxy: str | None) -> tuple[str, int, Headers] | None:
     if not proxy:
         return None
     parts = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
-    if parts.scheme != "http" or not parts.hostname:
-        shown = f"{parts.scheme}://{parts.hostname}:{parts.port}"
+    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+    try:
+        port = parts.port or 80
+    except ValueError:
+        port = 0
+    if parts.scheme != "http" or not parts.hostname or not port:
         raise UsageError(f"the environment names the proxy {shown}; an http:// one is wanted, or NO_PROXY for upstream")
     headers: Headers = []
     if parts.username is not None:
         pair = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
         headers.append((b"proxy-authorization", b"Basic " + base64.b64encode(pair.encode())))
-    return parts.hostname, parts.port or 80, headers
+    return parts.hostname, port, headers
