@@ -100,17 +100,17 @@ class Office:
             raise ValueError("no episode has begun; call start(task) first")
         data = self._task.data
         start, goal, now = State.read(data["start"]).content, State.read(data["goal"]).content, self.state.content
-        wanted = (goal - start) + (start - goal)
-        left = (goal - now) + (now - goal)
-        missing, other = left & wanted, left - wanted
+        new, gone = goal - start, start - goal
+        lacks, has = goal - now, now - goal
+        missing, other = (lacks & new) + (has & gone), (lacks - new) + (has - gone)
         if other:
             reason = "wrong change" if missing else "touched more"
         elif missing:
-            reason = "nothing done" if missing == wanted else "half done"
+            reason = "nothing done" if missing == new + gone else "half done"
         else:
             reason = _answer(messages, data["answer"], data["says"])
         if reason == "half done":
-            return Outcome(False, 1 - missing.total() / wanted.total(), reason)
+            return Outcome(False, 1 - missing.total() / (new + gone).total(), reason)
         return Outcome(not reason, 0.0 if reason else 1.0, reason)
 
 

@@ -124,7 +124,7 @@ class Desk:
     def _move_event(self, id: str, when: str) -> str:
         event = _by_id(self.state.events, id, "event", "find_events")
         before, event.when = event.when, self._free(when)
-        return f"moved, was {before}"
+        return f"moved {event.title} from {before}"
 
     def _cancel_event(self, id: str) -> str:
         event = _by_id(self.state.events, id, "event", "find_events")
