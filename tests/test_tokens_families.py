@@ -178,6 +178,15 @@ def test_an_answer_behind_a_rewritten_history_is_found_by_its_header():
     assert (example.ids == header).sum() == 6  # of the system's, the question's, the call's and so on: none in content
 
 
+def test_a_header_that_only_content_spells_is_none():
+    opened = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    template = chats.CHATML[: chats.CHATML.index("{% if add_generation_prompt")] + opened
+    tokenizer = chats.with_template(chats.TOKENIZERS["chatml"], template)
+    rows = [chats.TALK[0], {"role": "assistant", "content": "<|im_start|>assistant\n<think>\nhm"}]
+    with pytest.raises(DataError, match=r"another prompt than it is asked with"):
+        encode(tokenizer, parse_conversation({"messages": rows}))
+
+
 def test_a_template_without_tools_is_refused_where_there_are_some():
     chatml = families.tokenizer("chatml")
     with pytest.raises(ModelError, match=r"has 1 tools, and the chat template leaves them out.*with_tools"):
@@ -306,7 +315,7 @@ def test_llama_cpp_renders_the_supplied_template_alike(tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "head_dim": 8, "max_position_embeddings": 2048}
     model = make_model(vocab_size=len(ready), **sizes)
     write_gguf(model, ready, tmp_path / "student.gguf")
-    engine = load_gguf(str(tmp_path / "student.gguf"), tokenizer=ready, threads=1)
+    engine = load_gguf(str(tmp_path / "student.gguf"), tokenizer=ready, context_tokens=512, threads=1)
     for end in (2, 5, 7):
         for tools in (one.tools, ()):
             body = {"messages": one.wire["messages"][:end]} | ({"tools": list(tools)} if tools else {})

@@ -113,7 +113,7 @@ class TokenizedExample:
             name += "@" + digest(np.flatnonzero(supervised).tolist())[:8]
         kinds = None if self.kinds is None else np.where(supervised, self.kinds, -1).astype(np.int8)
         uneven = bool((weights[supervised] != 1).any())
-        return TokenizedExample(name, self.ids, supervised, weights if uneven else None, kinds)
+        return replace(self, id=name, supervised=supervised, weights=weights if uneven else None, kinds=kinds)
 
 
 def highlight(tokenizer: Any, example: TokenizedExample) -> list[tuple[str, bool]]:

@@ -104,7 +104,7 @@ class Turns:
             )
         text = self._render(self._messages[: index + 1], where)
         quoted = self._quoted(self._messages[: index + 1], text, where)
-        prompt, start = self._start(index, text, where)
+        prompt, start = self._start(self._messages[: index + 1], text, where)
         end = self._end(index, text, start, quoted, where)
         self._check_calls(index, text[start:end], where)
         self._check_markers(index, text, start, end, where)
@@ -130,13 +130,15 @@ class Turns:
         stop = next(s for s, e in self.coder.occurrences(turn.text) if e == turn.end)
         used = set(turn.text).union(self._template, *strings(before))
         probe = next(chr(i) for i in _PRIVATE if chr(i) not in used)
-        probed = self._render([*before, {**message, "content": probe}], where)
+        changed = [*before, {**message, "content": probe}]
+        probed = self._render(changed, where)
         written = probe in probed
         if calls and not written:
             # The template leaves the text beside calls out; so where would it stand if there were no calls?
             plain = {field: value for field, value in message.items() if field != "tool_calls"}
-            probed = self._render([*before, {**plain, "content": probe}], where)
-        own, other = turn.text[turn.start :], probed[self._start(turn.index, probed, where)[1] :]
+            changed = [*before, {**plain, "content": probe}]
+            probed = self._render(changed, where)
+        own, other = turn.text[turn.start :], probed[self._start(changed, probed, where)[1] :]
         begin = min(turn.start + _shared(own, other), stop)
         reasoning = (message.get("reasoning_content") or "").strip()
         text = begin if reasoning and reasoning in turn.text[turn.start : begin] else turn.start
@@ -244,31 +246,37 @@ class Turns:
             "reasoning into reasoning_content and calls into tool_calls"
         )
 
-    def _start(self, index: int, text: str, where: str) -> tuple[str, int]:
-        """What the model is given when it is asked, and where in the text with the answer its own begins.
+    def _start(self, messages: list[dict[str, Any]], text: str, where: str) -> tuple[str, int]:
+        """What the model is given when it is asked for the last message, and where in the text its answer begins.
 
         Some templates write what came before in another way once an answer follows (Hermes: the end of the last tool's
         result). There the answer is behind as many headers as what the model is given has.
         """
-        before = self._messages[:index]
+        before = messages[:-1]
         prompt = self._render(before, where, prompt=True)
         bare = self._render(before, where)
         if text.startswith(prompt) and prompt == bare:
             prompt += self._header(before, prompt, where)
         if text.startswith(prompt):
             return prompt, len(prompt)
-        header = prompt[len(bare) :] if prompt.startswith(bare) else ""
-        places = [match.end() for match in re.finditer(re.escape(header), text)] if header.strip() else []
-        headers = prompt.count(header) if header else 0
-        if len(places) < headers or not headers:
-            same = _shared(prompt, text)
-            raise DataError(
-                f"{where}: asked for this answer, the model is given ...{prompt[max(0, same - 30) :]!r}, but with the "
-                f"answer the chat template writes ...{text[max(0, same - 30) : same + 50]!r}; it would be trained on "
-                "another prompt than it is asked with. Give the message the reasoning that the template expects, set "
-                "the template's variables as the server does, or take another chat template"
-            )
-        return prompt, places[headers - 1]
+        header = prompt.removeprefix(bare) if prompt.startswith(bare) else ""
+        if (control := self.coder.any_control.search(header)) is not None:
+
+            def headers(text: str, quoted: frozenset[int]) -> list[int]:
+                found = re.finditer(re.escape(header), text)
+                return [match.end() for match in found if match.start() + control.start() not in quoted]
+
+            asked = headers(prompt, self._quoted(before, prompt, where, prompt=True))
+            answered = headers(text, self._quoted(messages, text, where))
+            if len(asked) <= len(answered):
+                return prompt, answered[len(asked) - 1]
+        same = _shared(prompt, text)
+        raise DataError(
+            f"{where}: asked for this answer, the model is given ...{prompt[max(0, same - 30) :]!r}, but with the "
+            f"answer the chat template writes ...{text[max(0, same - 30) : same + 50]!r}; it would be trained on "
+            "another prompt than it is asked with. Give the message the reasoning that the template expects, set "
+            "the template's variables as the server does, or take another chat template"
+        )
 
     def _header(self, before: list[dict[str, Any]], prompt: str, where: str) -> str:
         """What a template without generation prompt writes before any answer, to say whose it is."""
