@@ -11,19 +11,23 @@ import json
 import os
 import shutil
 import tempfile
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections import Counter, deque
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from attar.cluster.shards import Shards, stage_shards
 from attar.collect.card import Card, write_card
 from attar.collect.comparing import Comparison
-from attar.collect.reading import TRAINED, UNIT, Batch, Context, files_of, read, units
+from attar.collect.reading import TRAINED, UNIT, Batch, Context, Unit, files_of, read, units
 from attar.collect.splitting import hold_out
+from attar.collect.spread import Reading, reading_fingerprint, spread_reading
 from attar.collect.tables import Indices, Table
 from attar.collect.workers import Map, ordered
 from attar.errors import DataError
@@ -49,7 +53,14 @@ def curate(recipe: AnyRecipe, run: Run) -> dict[str, Any]:
         DataError: a file cannot be used, or there is too little to hold any out.
         PreflightRefused: a test case stands in what is trained on, and the recipe wants a refusal.
     """
-    return _curated(recipe, run.path("data"), run.progress)
+    folder = run.path("data")
+    shards = None
+    if recipe.run.on == "ray":
+        shards = stage_shards(recipe, "curate", folder, reading_fingerprint(recipe))
+    counts = _curated(recipe, folder, run.progress, shards)
+    if shards is not None:
+        shards.remove()
+    return counts
 
 
 @contextmanager
@@ -79,7 +90,7 @@ def _sizes(recipe: AnyRecipe, files: dict[str, Path]) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if name not in files and size}
 
 
-def _curated(recipe: AnyRecipe, folder: Path, progress: Progress) -> dict[str, Any]:
+def _curated(recipe: AnyRecipe, folder: Path, progress: Progress, shards: Shards | None = None) -> dict[str, Any]:
     parts = folder / ("parts" + TEMPORARY_SUFFIX)
     shutil.rmtree(parts, ignore_errors=True)
     parts.mkdir(parents=True)
@@ -87,8 +98,12 @@ def _curated(recipe: AnyRecipe, folder: Path, progress: Progress) -> dict[str, A
         files = _files(recipe)
         size = sum(file.stat().st_size for key, path in files.items() for file in files_of(key, path))
         workers = 0 if size < _ALONE else recipe.run.threads or os.cpu_count() or 1
-        with ordered((Context, (recipe, parts)), workers) as each:
-            return _passes(recipe, folder, parts, files, each, progress)
+        with ExitStack() as stack:
+            each = stack.enter_context(ordered((Context, (recipe, parts)), workers))
+            reading = _reading_here(each)
+            if workers and shards is not None:
+                reading = stack.enter_context(spread_reading(recipe, parts, shards))
+            return _passes(recipe, folder, parts, files, reading, each, progress)
     finally:
         shutil.rmtree(parts, ignore_errors=True)
         # Where nothing was written, nothing is left.
@@ -96,11 +111,24 @@ def _curated(recipe: AnyRecipe, folder: Path, progress: Progress) -> dict[str, A
             folder.rmdir()
 
 
+def _reading_here(each: Map) -> Reading:
+    def reading(parts_of_files: Iterable[Unit]) -> Generator[Batch]:
+        yield from each((read, (unit,)) for unit in parts_of_files)
+
+    return reading
+
+
 def _passes(
-    recipe: AnyRecipe, folder: Path, parts: Path, files: dict[str, Path], each: Map, progress: Progress
+    recipe: AnyRecipe,
+    folder: Path,
+    parts: Path,
+    files: dict[str, Path],
+    reading: Reading,
+    each: Map,
+    progress: Progress,
 ) -> dict[str, Any]:
     redacted: Counter[str] = Counter()
-    tables = {key: _first_pass(recipe, key, path, parts, each, progress, redacted) for key, path in files.items()}
+    tables = _first_pass(files, parts, reading, progress, redacted)
     if isinstance(recipe, ClassifyRecipe):
         _require_two_labels(tables["test"])
     pool = tables[next(key for key in TRAINED if key in tables)]
@@ -117,36 +145,53 @@ def _passes(
 
 
 def _first_pass(
-    recipe: AnyRecipe, key: str, path: Path, parts: Path, each: Map, progress: Progress, redacted: Counter[str]
-) -> Table:
-    """Read the files of one key.
+    files: dict[str, Path], parts: Path, reading: Reading, progress: Progress, redacted: Counter[str]
+) -> dict[str, Table]:
+    """Read the files of all keys, in one go: workers are not started anew for each.
 
     Raises:
-        DataError: a row cannot be used, or none can.
+        DataError: a row cannot be used, or none of a key can.
     """
-    table = Table(key, files_of(key, path), parts / f"{key}.dropped")
+    pending: deque[Unit] = deque()
+
+    def remembered() -> Iterator[Unit]:
+        for key, path in files.items():
+            for unit in units(key, path):
+                # Not its rows, which may be read far ahead.
+                pending.append(replace(unit, rows=(), table=None))
+                yield unit
+
+    tables = {}
+    with closing(reading(remembered())) as batches:
+        by_key = groupby(((pending.popleft(), batch) for batch in batches), lambda pair: pair[0].key)
+        found = next(by_key, None)
+        for key, path in files.items():
+            # An empty file has no part.
+            own = found[1] if found is not None and found[0] == key else iter(())
+            tables[key] = _filled(Table(key, files_of(key, path), parts / f"{key}.dropped"), own, progress, redacted)
+            if not len(tables[key].rows):
+                counted = f" ({dict(tables[key].counts)} dropped)" if tables[key].counts else ""
+                raise DataError(f"data.{key}: {path} holds no usable row{counted}")
+            found = next(by_key, None)
+    return tables
+
+
+def _filled(table: Table, pairs: Iterator[tuple[Unit, Batch]], progress: Progress, redacted: Counter[str]) -> Table:
+    """The table, with what is left of its files."""
     size = sum(file.stat().st_size for file in table.files)
     batches: list[Batch] = []
     base, file = 0, 0
     with (
         table.spool.open("w", encoding="utf-8") as spool,
-        track(progress, f"read {key}", -(-size // UNIT)) as step,
+        track(progress, f"read {table.key}", -(-size // UNIT)) as step,
     ):
-        pending: list[Any] = []
-
-        def remembered() -> Iterator[Any]:
-            for unit in units(key, path):
-                pending.append(unit)
-                yield read, (unit,)
-
-        for batch in each(remembered()):
-            unit = pending.pop(0)
+        for unit, batch in pairs:
             if unit.file != file:
                 base, file = 0, unit.file
             first = base if unit.end else 0
             if batch.stop is not None:
                 line, message = batch.stop
-                raise DataError(f"data.{key}: {unit.path.name} line {line + first}: {message}")
+                raise DataError(f"data.{table.key}: {unit.path.name} line {line + first}: {message}")
             for drop in batch.dropped:
                 table.counts[drop.reason] += 1
                 record = [unit.file, drop.line + first, drop.id, drop.reason, drop.detail]
@@ -158,9 +203,6 @@ def _first_pass(
             batches.append(batch)
             step.advance()
     table.fill(batches)
-    if not len(table.rows):
-        counted = f" ({dict(table.counts)} dropped)" if table.counts else ""
-        raise DataError(f"data.{key}: {path} holds no usable row{counted}")
     return table
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +19,28 @@ from attar.collect.filters.private import Private
 from attar.collect.rows import Row, asked, encoded, lookup, moment, spoken, words
 from attar.collect.shingles import U32, Vocabulary, shingles
 from attar.data.conversations import BadCall, parse_conversation
-from attar.data.files import BadRow, parse_example, parse_json_line, read_rows
+from attar.data.files import BadRow, parse_example, parse_json_line, read_rows, read_tables, table_rows
 from attar.data.types import Conversation, Example
 from attar.errors import DataError
 from attar.recipe import ChatRecipe, ClassifyRecipe
 
-__all__ = ["ROWS", "TRAINED", "Batch", "Context", "Dropped", "Unit", "files_of", "hash64", "read", "units", "words_at"]
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = [
+    "ROWS",
+    "TRAINED",
+    "Batch",
+    "Context",
+    "Dropped",
+    "Unit",
+    "content_of",
+    "files_of",
+    "hash64",
+    "read",
+    "units",
+    "words_at",
+]
 
 TRAINED = ("train", "pool")
 """Keys of the files that are trained on, and split"""
@@ -67,8 +83,14 @@ class Unit:
     start: int = 0
     end: int = 0
     """bytes of a JSONL file"""
+    content: bytes | None = None
+    """these bytes, for who does not see the file"""
     rows: tuple[tuple[int, Any], ...] = ()
-    """or rows of a table, with their numbers"""
+    """or rows of a CSV file, with their numbers"""
+    table: pa.Table | None = None
+    """or rows of a Parquet file"""
+    first: int = 0
+    """number of the first of those"""
 
 
 class Dropped(NamedTuple):
@@ -166,6 +188,12 @@ def units(key: str, path: Path) -> Iterator[Unit]:
                     yield Unit(key, number, file, start, end)
                     start = end
             continue
+        if file.suffix.lower() == ".parquet":
+            first = 1
+            for table in read_tables(file, f"data.{key}", _TABLE_ROWS):
+                yield Unit(key, number, file, table=table, first=first)
+                first += table.num_rows
+            continue
         waiting: list[tuple[int, Any]] = []
         for row in read_rows(file, f"data.{key}"):
             waiting.append(row)
@@ -192,13 +220,23 @@ def files_of(key: str, path: Path) -> list[Path]:
     return [path]
 
 
+def content_of(unit: Unit) -> bytes:
+    """The bytes of a part of a JSONL file."""
+    if unit.content is not None:
+        return unit.content
+    with unit.path.open("rb") as handle:
+        handle.seek(unit.start)
+        return handle.read(unit.end - unit.start)
+
+
 def _rows_of(unit: Unit) -> Iterator[tuple[int, Any]]:
+    if unit.table is not None:
+        yield from table_rows(unit.table, unit.first, f"data.{unit.key}", unit.path)
+        return
     if unit.end == 0:
         yield from unit.rows
         return
-    with unit.path.open("rb") as handle:
-        handle.seek(unit.start)
-        content = handle.read(unit.end - unit.start)
+    content = content_of(unit)
     if unit.start == 0:
         content = content.removeprefix(b"\xef\xbb\xbf")
     for number, line in enumerate(content.splitlines(), start=1):

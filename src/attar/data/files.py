@@ -7,11 +7,14 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from attar.data.types import Example
 from attar.errors import DataError, require
 from attar.workspace import write_atomic
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 __all__ = [
     "BadRow",
@@ -20,6 +23,8 @@ __all__ = [
     "read_examples",
     "read_jsonl",
     "read_rows",
+    "read_tables",
+    "table_rows",
     "write_examples",
 ]
 
@@ -120,16 +125,10 @@ def read_rows(path: Path, key: str) -> Iterator[tuple[int, Any]]:
     """
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        parquet = require("pyarrow.parquet", "parquet")
-        number = 0
-        try:
-            with parquet.ParquetFile(path) as file:
-                for batch in file.iter_batches():
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield number, row
-        except (OSError, ValueError) as error:
-            raise DataError(f"{key}: {path} is no Parquet file ({error})") from error
+        number = 1
+        for table in read_tables(path, key, 65_536):
+            yield from table_rows(table, number, key, path)
+            number += table.num_rows
     elif suffix in (".jsonl", ".json", ".csv"):
         # A cell may hold a whole conversation; the module's own limit is 131,072 characters.
         csv.field_size_limit(2**31 - 1)
@@ -140,6 +139,44 @@ def read_rows(path: Path, key: str) -> Iterator[tuple[int, Any]]:
             raise _not_utf8(error, key, path) from error
     else:
         raise DataError(f"{key}: {path.name}: {suffix or 'no suffix'} is not read; write .jsonl, .csv or .parquet")
+
+
+def read_tables(path: Path, key: str, rows: int) -> Iterator[pa.Table]:
+    """A Parquet file in tables of at most so many rows.
+
+    Raises:
+        DataError: it is no Parquet.
+    """
+    pa, parquet = require("pyarrow", "parquet"), require("pyarrow.parquet", "parquet")
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=rows):
+                yield pa.Table.from_batches([batch])
+    except (OSError, ValueError) as error:
+        raise _no_parquet(error, key, path) from error
+
+
+def table_rows(table: pa.Table, first: int, key: str, path: Path) -> Iterator[tuple[int, Any]]:
+    """Number and row of a part of a Parquet file.
+
+    Args:
+        table: the part.
+        first: number of its first row.
+        key: the recipe's key that named the file, for messages.
+        path: the file, likewise.
+
+    Raises:
+        DataError: Python has no value for what is in it.
+    """
+    try:
+        rows = table.to_pylist()
+    except ValueError as error:
+        raise _no_parquet(error, key, path) from error
+    yield from enumerate(rows, start=first)
+
+
+def _no_parquet(error: Exception, key: str, path: Path) -> DataError:
+    return DataError(f"{key}: {path} is no Parquet file ({error})")
 
 
 def _json_lines(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
