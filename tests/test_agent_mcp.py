@@ -66,10 +66,10 @@ def test_a_server_over_http(address):
 def test_one_session_for_all_episodes_and_one_that_hangs_is_lost(address):
     with McpServer(address, keep=True, timeout_s=20) as server:
         server.call("read", {})
-        session = server._session
+        session = server._held
         server.begin()
         server.call("read", {})
-        assert server._session is session
+        assert server._held is session
         server._timeout_s = 0.3
         with pytest.raises(EnvironmentLost, match=r"call of 'fail' took more than 0\.3 s; raise timeout_s"):
             server.call("fail", {"kind": "hang"})

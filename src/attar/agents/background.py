@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Generic, TypeVar
 
-__all__ = ["Background"]
+__all__ = ["Background", "Held"]
 
 _T = TypeVar("_T")
 
@@ -43,6 +44,20 @@ class Background:
             future.cancel()
             raise
 
+    def enter(self, context: AbstractAsyncContextManager[_T], timeout_s: float | None = None) -> Held[_T]:
+        """Enter a context and keep it, in a task of its own: those of anyio must be left by the task that entered.
+
+        Raises:
+            TimeoutError: it took too long; what was entered by then is left.
+        """
+        held = Held(self, context)
+        try:
+            self.run(held.enter(), timeout_s)
+        except BaseException:
+            held.leave()
+            raise
+        return held
+
     def close(self) -> None:
         """Cancel what runs, and end the thread."""
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -59,3 +74,44 @@ class Background:
             self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.close()
+
+
+class Held(Generic[_T]):
+    """A context that was entered."""
+
+    def __init__(self, background: Background, context: AbstractAsyncContextManager[_T]) -> None:
+        self._background, self._context = background, context
+        self._entered, self._enough = asyncio.Event(), asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def value(self) -> _T:
+        """What the context gave."""
+        return self._value
+
+    def leave(self) -> None:
+        """Leave the context; one that broke may break again when it is left, which is of no interest."""
+        self._background.run(self._leave())
+
+    async def enter(self) -> None:
+        """Start the task that enters; in the loop."""
+        self._task = asyncio.create_task(self._hold())
+        entered = asyncio.create_task(self._entered.wait())
+        try:
+            await asyncio.wait({entered, self._task}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            entered.cancel()
+        if self._task.done():
+            self._task.result()
+
+    async def _hold(self) -> None:
+        async with self._context as self._value:
+            self._entered.set()
+            await self._enough.wait()
+
+    async def _leave(self) -> None:
+        self._enough.set()
+        if self._task is not None:
+            if not self._entered.is_set():
+                self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)

@@ -1,21 +1,19 @@
 """MCP servers as sources of tools, through the official client.
 
-The client is asynchronous and must be entered and left by one task, so each server has a loop in a thread of its own,
-in which that task waits until the server is let go.
+The client is asynchronous; each server has an event loop in a thread of its own.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import tempfile
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TextIO, cast
+from typing import IO, TYPE_CHECKING, Any, Self, TextIO, TypeVar, cast
 from urllib.parse import urlsplit
 
-from attar.agents.background import Background
+from attar.agents.background import Background, Held
 from attar.agents.environments import ToolError
 from attar.agents.limits import EnvironmentLost
 from attar.agents.schemas import BadTools, check_tools
@@ -26,6 +24,8 @@ if TYPE_CHECKING:
     from mcp.types import CallToolResult
 
 __all__ = ["McpServer"]
+
+_T = TypeVar("_T")
 
 # Pages of tools, before a server is held to list them without end.
 _MOST_PAGES = 100
@@ -82,8 +82,8 @@ class McpServer:
         self._env, self._folder, self._headers = env, folder, headers
         self._prefix, self._keep, self._timeout_s = prefix, keep, timeout_s
         self._background = Background(f"mcp {self.name}")
-        self._session: _Session | None = None
-        self._used = False
+        self._held: Held[Client] | None = None
+        self._used = self._gone = False
         self._schemas: tuple[dict[str, Any], ...] | None = None
 
     @property
@@ -103,7 +103,7 @@ class McpServer:
 
     def begin(self) -> None:
         """An episode begins: a server that was used, or is gone, is let go; the next need starts another."""
-        if self._session is not None and ((self._used and not self._keep) or self._session.gone):
+        if self._gone or (self._used and not self._keep):
             self._let_go()
 
     def call(self, tool: str, arguments: dict[str, Any]) -> Any:
@@ -120,9 +120,7 @@ class McpServer:
             raise ToolError(f"there is no tool {tool!r}; there are: {', '.join(names) or 'none'}")
         self._used = True
         name = tool.removeprefix(self._prefix)
-        result: CallToolResult = self._ask(
-            lambda client: client.call_tool(name, arguments), f"call of {tool!r}", of_agent=True
-        )
+        result = self._ask(lambda client: client.call_tool(name, arguments), f"call of {tool!r}", of_agent=True)
         text = "\n".join(_texts(result))
         if result.is_error:
             raise ToolError(text or f"{tool} failed, and its server does not say why")
@@ -141,33 +139,31 @@ class McpServer:
     ) -> None:
         self.close()
 
-    def _ask(self, question: Callable[[Any], Coroutine[Any, Any, Any]], step: str, of_agent: bool = False) -> Any:
+    def _ask(self, question: Callable[[Client], Coroutine[Any, Any, _T]], step: str, of_agent: bool = False) -> _T:
         """What the server answers; ``of_agent``: what it refuses is the agent's error, not the server's."""
         from mcp import MCPError
 
-        if self._session is None:
-            self._session = _Session(self._connect)
-            self._used = False
-            try:
-                self._background.run(self._session.open(), self._timeout_s)
-            except BaseException as error:
-                session, self._session = self._session, None
-                self._background.run(session.close())
-                if not isinstance(error, Exception):
-                    raise
-                raise self._lost("start", error, session) from error
-        if self._session.gone:
+        if self._held is None:
+            self._start()
+        if self._gone or self._held is None:
             raise EnvironmentLost(f"MCP server {self.name} is gone; a new episode starts another")
         try:
-            return self._background.run(question(self._session.client), self._timeout_s)
-        except MCPError as error:
-            if of_agent and not self._broken(error.code):
-                raise ToolError(error.message) from error
-            self._session.gone = True
-            raise self._lost(step, error, self._session) from error
+            return self._background.run(question(self._held.value), self._timeout_s)
         except Exception as error:
-            self._session.gone = True
-            raise self._lost(step, error, self._session) from error
+            if of_agent and isinstance(error, MCPError) and not self._broken(error.code):
+                raise ToolError(error.message) from error
+            self._gone = True
+            raise self._lost(step, error) from error
+
+    def _start(self) -> None:
+        self._used = self._gone = False
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        try:
+            self._held = self._background.enter(self._connected(self._errors), self._timeout_s)
+        except BaseException as error:
+            lost = self._lost("start", error) if isinstance(error, Exception) else error
+            self._errors.close()
+            raise lost from error
 
     def _broken(self, code: int) -> bool:
         """Whether an error is the connection's: the client gives such the codes that a server's own may have."""
@@ -177,19 +173,21 @@ class McpServer:
         # A status of 5xx, or of 404; from a process these are the server's own words.
         return code in (broken | {types.INTERNAL_ERROR, types.METHOD_NOT_FOUND} if self._at_url else broken)
 
-    def _lost(self, step: str, error: Exception, session: _Session) -> EnvironmentLost:
+    def _lost(self, step: str, error: Exception) -> EnvironmentLost:
         inner = _innermost(error)
         if isinstance(inner, TimeoutError):
             why = f"took more than {self._timeout_s:g} s; raise timeout_s, or mend what hangs"
         else:
             why = f"failed: {type(inner).__name__}: {str(inner) or 'no reason given'}"
-        said = session.said()
+        self._errors.seek(0)
+        said = self._errors.read().strip()[-_SHOWN_CHARS:]
         return EnvironmentLost(f"MCP server {self.name}: {step} {why}{f'; it wrote: {said}' if said else ''}")
 
     def _let_go(self) -> None:
-        if self._session is not None:
-            session, self._session = self._session, None
-            self._background.run(session.close())
+        if self._held is not None:
+            held, self._held = self._held, None
+            held.leave()
+            self._errors.close()
 
     async def _list(self, client: Client) -> list[Any]:
         tools: list[Any] = []
@@ -202,75 +200,29 @@ class McpServer:
                 return tools
         raise BadTools(f"MCP server {self.name} lists its tools in more than {_MOST_PAGES} pages, so without end")
 
-    async def _connect(self, stack: contextlib.AsyncExitStack, errors: TextIO) -> Client:
+    @contextlib.asynccontextmanager
+    async def _connected(self, errors: IO[str]) -> AsyncIterator[Client]:
         import mcp
         from mcp.client.stdio import stdio_client
         from mcp.client.streamable_http import streamable_http_client
 
-        if isinstance(self._server, str):
-            http = None
-            if self._headers is not None:
-                import httpx2
-
-                # The read has no limit of its own: each call has the server's.
-                limits = httpx2.Timeout(self._timeout_s, read=None)
-                http = await stack.enter_async_context(httpx2.AsyncClient(headers=dict(self._headers), timeout=limits))
-            transport: Any = streamable_http_client(self._server, http_client=http)
-        else:
-            command, *rest = self._server
-            env = None if self._env is None else dict(self._env)
-            process = mcp.StdioServerParameters(command=command, args=rest, env=env, cwd=self._folder)
-            transport = stdio_client(process, errlog=errors)
-        return await stack.enter_async_context(mcp.Client(transport))
-
-
-class _Session:
-    """One connection, held by a task that enters and leaves it."""
-
-    def __init__(self, connect: Callable[[contextlib.AsyncExitStack, TextIO], Awaitable[Client]]) -> None:
-        self._connect = connect
-        self.client: Client | None = None
-        self.gone = False
-        self._let_go = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
-        errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
-        self._errors = cast(TextIO, errors)
-        self._said = ""
-
-    async def open(self) -> None:
-        ready = asyncio.Event()
-        self._task = asyncio.create_task(self._hold(ready))
-        waiting = asyncio.create_task(ready.wait())
-        try:
-            await asyncio.wait({waiting, self._task}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            waiting.cancel()
-        if self._task.done():
-            self._task.result()
-
-    async def _hold(self, ready: asyncio.Event) -> None:
         async with contextlib.AsyncExitStack() as stack:
-            self.client = await self._connect(stack, self._errors)
-            ready.set()
-            await self._let_go.wait()
+            if isinstance(self._server, str):
+                http = None
+                if self._headers is not None:
+                    import httpx2
 
-    async def close(self) -> None:
-        self.gone = True
-        self._let_go.set()
-        if self._task is not None:
-            if self.client is None:
-                self._task.cancel()
-            # A connection that broke may break again when it is left; it is let go all the same.
-            await asyncio.gather(self._task, return_exceptions=True)
-        self._said = self.said()
-        self._errors.close()
-
-    def said(self) -> str:
-        """The end of what the process wrote to its standard error."""
-        if self._errors.closed:
-            return self._said
-        self._errors.seek(0)
-        return self._errors.read().strip()[-_SHOWN_CHARS:]
+                    # The read has no limit of its own: each call has the server's.
+                    limits = httpx2.Timeout(self._timeout_s, read=None)
+                    http = httpx2.AsyncClient(headers=dict(self._headers), timeout=limits)
+                    await stack.enter_async_context(http)
+                transport: Any = streamable_http_client(self._server, http_client=http)
+            else:
+                command, *rest = self._server
+                env = None if self._env is None else dict(self._env)
+                process = mcp.StdioServerParameters(command=command, args=rest, env=env, cwd=self._folder)
+                transport = stdio_client(process, errlog=cast(TextIO, errors))
+            yield await stack.enter_async_context(mcp.Client(transport))
 
 
 def _schema(tool: Any, prefix: str) -> dict[str, Any]:
