@@ -11,6 +11,7 @@ BIN := .venv/bin
 
 .venv/dev-ready: .venv/ready
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install -q -c constraints.txt --no-deps bfcl-eval
 	touch $@
 
 demo: .venv/ready

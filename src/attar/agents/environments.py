@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from attar.data.episodes import Outcome
 from attar.data.types import Message
 
-__all__ = ["Beginning", "Conversing", "Environment", "Task", "ToolError"]
+__all__ = ["Beginning", "Bounded", "Changing", "Conversing", "Environment", "Task", "ToolError"]
 
 
 class ToolError(Exception):
@@ -72,3 +72,19 @@ class Conversing(Protocol):
 
     def answer(self, messages: Sequence[Message]) -> tuple[Message, ...]:
         """What the user says after the agent's last message, which calls nothing; nothing ends the episode."""
+
+
+@runtime_checkable
+class Changing(Protocol):
+    """An environment whose tools change within an episode."""
+
+    tools: tuple[dict[str, Any], ...]
+    """on offer now, as OpenAI schemas: what the next prompt has; looked at after ``start`` and after each ``answer``"""
+
+
+@runtime_checkable
+class Bounded(Protocol):
+    """An environment that says how many answers an episode of it has at most."""
+
+    steps: int
+    """after the last of them the episode ends, its calls not made"""

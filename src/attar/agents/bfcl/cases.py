@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from attar.agents.bfcl.wheel import official
-from attar.agents.environments import Task
 from attar.data.types import Message
 
-__all__ = ["CALLS", "LIVE", "MULTI_TURN", "PYTHON", "UNANSWERABLE", "Case", "cases", "checked", "tools"]
+__all__ = ["CALLS", "LIVE", "MULTI_TURN", "PYTHON", "UNANSWERABLE", "Case", "cases", "tools"]
 
 CALLS = ("simple_python", "multiple", "parallel", "parallel_multiple")
 """single-turn categories of the first release in which one or several calls are right"""
@@ -59,11 +59,6 @@ class Case:
     where the category has none"""
 
     @property
-    def task(self) -> Task:
-        """The case, as an environment offers it."""
-        return Task(self.id, self.category)
-
-    @property
     def requests(self) -> tuple[str, ...]:
         """The user's words, a message each."""
         return tuple(message.content for turn in self.turns for message in turn if message.role == "user")
@@ -77,19 +72,6 @@ class Case:
     def added(self) -> dict[int, list[dict[str, Any]]]:
         """Descriptions of functions that come with a later turn, by its number."""
         return {int(turn): functions for turn, functions in self.entry.get("missed_function", {}).items()}
-
-
-def checked(categories: Iterable[str], known: Sequence[str]) -> tuple[str, ...]:
-    """The categories, in the order of those that are known.
-
-    Raises:
-        ValueError: one is not known, or there is none.
-    """
-    wanted = set(categories)
-    unknown = sorted(wanted - set(known))
-    if unknown or not wanted:
-        raise ValueError(f"categories: {', '.join(unknown) or 'none'}, wanted some of {', '.join(known)}")
-    return tuple(category for category in known if category in wanted)
 
 
 @functools.cache
@@ -120,15 +102,19 @@ def tools(functions: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
     """Official descriptions as OpenAI schemas, by the wheel's own converter.
 
     Types become JSON's ("dict" an object, "tuple" an array, "any" a string, as the official handlers have it), dots in
-    names underscores, and what a function returns a part of its description. The converter leaves types that stand deeper
-    than two levels and keywords of no schema; both are mended here.
+    names underscores, and what a function returns a part of its description. The converter leaves types that stand
+    deeper than two levels and keywords of no schema; both are mended here. Each function is converted once: the schemas
+    are shared, not to be changed.
     """
+    return tuple(_tool(json.dumps(function)) for function in functions)
+
+
+@functools.cache
+def _tool(function: str) -> dict[str, Any]:
     wheel = official()
-    converted = wheel.convert_to_tool(list(functions), wheel.types, wheel.style)
-    return tuple(
-        tool | {"function": tool["function"] | {"parameters": _schema(tool["function"]["parameters"], wheel.types)}}
-        for tool in converted
-    )
+    [tool] = wheel.convert_to_tool([json.loads(function)], wheel.types, wheel.style)
+    parameters = _schema(tool["function"]["parameters"], wheel.types)
+    return {"type": "function", "function": tool["function"] | {"parameters": parameters}}
 
 
 def _schema(described: dict[str, Any], types: dict[str, str]) -> dict[str, Any]:

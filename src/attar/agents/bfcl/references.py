@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attar.agents.bfcl.cases import UNANSWERABLE, Case
@@ -58,22 +58,24 @@ def _value(value: Any, parameter: Mapping[str, Any]) -> Any:
     return value
 
 
-def executed_call(text: str, methods: Mapping[str, Callable[..., Any]]) -> ToolCall:
+def executed_call(text: str, classes: Sequence[type[Any]]) -> ToolCall:
     """A call as multi-turn answers write it, ``mv('a', destination='b')``, its arguments by name.
 
     It is parsed, not evaluated.
 
     Args:
         text: the call.
-        methods: what may be called, by name; positional arguments get their names from the signature.
+        classes: whose methods may be called; positional arguments get their names from the signature.
 
     Raises:
-        ValueError: it is no call of one of the methods with literal arguments.
+        ValueError: it is no call of one of their methods with literal arguments.
     """
     tree = ast.parse(text.strip(), mode="eval").body
-    if not (isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and tree.func.id in methods):
-        raise ValueError(f"{text!r}, wanted a call of one of {', '.join(sorted(methods))}")
+    name = tree.func.id if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) else ""
+    method = next((getattr(kind, name) for kind in reversed(classes) if hasattr(kind, name)), None)
+    if method is None or not isinstance(tree, ast.Call):
+        raise ValueError(f"{text!r}, wanted a call of a method of {', '.join(kind.__name__ for kind in classes)}")
     positional = [ast.literal_eval(value) for value in tree.args]
     named = {keyword.arg or "**": ast.literal_eval(keyword.value) for keyword in tree.keywords}
-    bound = inspect.signature(methods[tree.func.id]).bind_partial(*positional)
-    return ToolCall(None, tree.func.id, dict(bound.arguments) | named)
+    names = list(inspect.signature(method).parameters)[1:] if positional else ()
+    return ToolCall(None, name, dict(zip(names, positional, strict=False)) | named)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from attar.agents.bfcl.cases import LIVE, PYTHON, UNANSWERABLE, Case, cases, checked, tools
+from attar.agents.bfcl.cases import LIVE, PYTHON, Case, tools
 from attar.agents.bfcl.references import reference_calls
-from attar.agents.bfcl.splits import by_function_and_request, splits
+from attar.agents.bfcl.splits import Drawn, by_function_and_request
 from attar.agents.bfcl.wheel import official, version
 from attar.agents.environments import Beginning, Task
 from attar.data.episodes import Outcome
 from attar.data.types import Conversation, Message, ToolCall
 
-__all__ = ["NO_CALL", "SingleTurn", "grade"]
+__all__ = ["NO_CALL", "SingleTurn", "failure_of_checker", "grade", "outcome"]
 
 NO_CALL = "None of the functions on offer can do this."
 """what a reference answer says where no call is right; BFCL has no text of its own"""
@@ -31,19 +31,19 @@ def grade(case: Case, calls: Sequence[ToolCall]) -> Outcome:
         on with an exception of that name.
     """
     if case.category.endswith("irrelevance"):
-        return _outcome("irrelevance_error:decoder_success" if calls else "")
+        return outcome("irrelevance_error:decoder_success" if calls else "")
     if case.category.endswith("relevance"):
-        return _outcome("" if calls else "relevance_error:decoder_failed")
+        return outcome("" if calls else "relevance_error:decoder_failed")
     if not calls:
-        return _outcome("ast_decoder:decoder_failed")
+        return outcome("ast_decoder:decoder_failed")
     wheel = official()
     answer = [{call.name: call.arguments} for call in calls]
     truth = list(case.truth or ())
     try:
         result = wheel.ast_checker(case.entry["function"], answer, truth, wheel.python, case.category, wheel.model_name)
     except Exception as error:  # its own type checks do not go deep, so a wrong value can reach code that trusts it
-        return _outcome(f"checker:{type(error).__name__}")
-    return _outcome("" if result["valid"] else result["error_type"])
+        return failure_of_checker(error)
+    return outcome("" if result["valid"] else result["error_type"])
 
 
 class SingleTurn:
@@ -65,11 +65,8 @@ class SingleTurn:
     """the most answers that an episode has"""
 
     def __init__(self, categories: Iterable[str] = PYTHON, seed: int = 0) -> None:
-        chosen = checked(categories, (*PYTHON, *LIVE))
         self._version = version()
-        every = [case for category in chosen for case in cases(category) if case.id not in UNANSWERABLE]
-        self._splits = splits(every, by_function_and_request, seed)
-        self._cases = {case.id: case for case in every}
+        self._drawn = Drawn(categories, (*PYTHON, *LIVE), by_function_and_request, seed)
         self._case: Case | None = None
 
     @property
@@ -79,7 +76,7 @@ class SingleTurn:
 
     def tasks(self, split: str) -> tuple[Task, ...]:
         """The tasks of ``train``, ``val`` or ``test``, a category a family."""
-        return tuple(case.task for case, _ in self._splits.get(split, ()))
+        return self._drawn.tasks(split)
 
     def start(self, task: Task) -> Beginning:
         """The request and the functions on offer.
@@ -87,7 +84,7 @@ class SingleTurn:
         Raises:
             ValueError: there is no such task.
         """
-        self._case = self._find(task)
+        self._case = self._drawn.find(task)
         return _beginning(self._case)
 
     def call(self, tool: str, arguments: dict[str, Any]) -> str:
@@ -106,37 +103,32 @@ class SingleTurn:
         answer = next((message for message in messages[asked + 1 :] if message.role == "assistant"), None)
         return grade(self._case, answer.tool_calls if answer else ())
 
-    def reference(self, task: Task) -> Conversation | None:
-        """The request with the official answer, to train on; None where any call would do (``live_relevance``)."""
-        return _reference(self._find(task))
+    def reference(self, task: Task) -> tuple[Conversation, ...]:
+        """The request with the official answer, to train on; none where any call would do (``live_relevance``)."""
+        return _reference(self._drawn.find(task), task.id)
 
     def references(self, split: str) -> tuple[Conversation, ...]:
         """The reference conversations of a split; ``group`` names the cases that share a function or a request."""
-        found = ((_reference(case), group) for case, group in self._splits.get(split, ()))
-        return tuple(Conversation(c.messages, c.tools, group) for c, group in found if c is not None)
-
-    def _find(self, task: Task) -> Case:
-        if task.id not in self._cases:
-            raise ValueError(
-                f"task {task.id!r} is none of {', '.join(sorted({c.category for c in self._cases.values()}))}"
-            )
-        return self._cases[task.id]
+        return tuple(c for case, group in self._drawn.grouped(split) for c in _reference(case, group))
 
 
 def _beginning(case: Case) -> Beginning:
     return Beginning(case.turns[0], tools(case.entry["function"]))
 
 
-def _reference(case: Case) -> Conversation | None:
+def _reference(case: Case, group: str) -> tuple[Conversation, ...]:
     if case.category == "live_relevance":
-        return None
-    if case.truth is None:
-        answer = Message("assistant", NO_CALL)
-    else:
-        answer = Message("assistant", "", reference_calls(case))
+        return ()
+    calls = () if case.truth is None else reference_calls(case)
     messages, on_offer = _beginning(case)
-    return Conversation((*messages, answer), on_offer, case.id)
+    return (Conversation((*messages, Message("assistant", "" if calls else NO_CALL, calls)), on_offer, group),)
 
 
-def _outcome(reason: str) -> Outcome:
+def outcome(reason: str) -> Outcome:
+    """All or nothing: an outcome with a reason is a failure."""
     return Outcome(not reason, float(not reason), reason)
+
+
+def failure_of_checker(error: Exception) -> Outcome:
+    """Of an answer on which the official checker fails."""
+    return outcome(f"checker:{type(error).__name__}")

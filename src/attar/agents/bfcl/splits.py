@@ -1,19 +1,24 @@
 """Which cases stand on one side of a split: those that share a request or a function, whatever their ids say.
 
-BFCL builds categories from one another: ``multiple`` asks the requests of ``simple_python`` again, with more functions on
-offer, and the scenarios of ``multi_turn_base`` come back in three variants. A split by id trains on what it tests.
+BFCL builds categories from one another: ``multiple`` asks the requests of ``simple_python`` again, with more functions
+on offer, and the scenarios of ``multi_turn_base`` come back in three variants. A split by id trains on what it tests.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-from attar.agents.bfcl.cases import Case
+from attar.agents.bfcl.cases import UNANSWERABLE, Case, cases
+from attar.agents.environments import Task
 
-__all__ = ["SHARES", "by_function_and_request", "by_scenario", "groups", "splits"]
+__all__ = ["SHARES", "Drawn", "by_function_and_request", "by_scenario", "groups", "splits"]
+
+Keys = Callable[[Case], Iterable[str]]
+"""what a case may not share with one of another split"""
 
 SHARES = {"train": 0.60, "val": 0.07, "test": 0.33}
 """of the cases; what comes out differs by the size of a group"""
@@ -24,8 +29,8 @@ _LARGE = 0.05
 def by_function_and_request(case: Case) -> frozenset[str]:
     """What a single-turn case may not share with one of another split.
 
-    Its request with numbers masked, so that one template filled twice is one; each function on offer, called or not: its
-    name without case and punctuation, its description, and its parameters with their descriptions.
+    Its request with numbers masked, so that one template filled twice is one; each function on offer, called or not:
+    its name without case and punctuation, its description, and its parameters with their descriptions.
     """
     keys = {f"request {_words(' '.join(case.requests))}"}
     for function in case.functions:
@@ -45,7 +50,7 @@ def by_scenario(case: Case) -> frozenset[str]:
     return frozenset({f"scenario {case.id.rsplit('_', 1)[1]}", *(f"request {_words(text)}" for text in case.requests)})
 
 
-def groups(cases: Sequence[Case], keys: Callable[[Case], Iterable[str]]) -> list[list[Case]]:
+def groups(cases: Sequence[Case], keys: Keys) -> list[list[Case]]:
     """Connected components of the cases under shared keys, each in the cases' order; the order of groups follows it."""
     parents = list(range(len(cases)))
 
@@ -67,9 +72,7 @@ def groups(cases: Sequence[Case], keys: Callable[[Case], Iterable[str]]) -> list
     return list(found.values())
 
 
-def splits(
-    cases: Sequence[Case], keys: Callable[[Case], Iterable[str]], seed: int
-) -> dict[str, list[tuple[Case, str]]]:
+def splits(cases: Sequence[Case], keys: Keys, seed: int) -> dict[str, list[tuple[Case, str]]]:
     """Put whole groups into train, val and test.
 
     A group of more than a twentieth of the cases goes to train. The rest is drawn: in an order that the seed decides,
@@ -98,6 +101,54 @@ def splits(
         sizes[side] += len(group)
         sides.update((case.id, (side, group[0].id)) for case in group)
     return {name: [(case, sides[case.id][1]) for case in cases if sides[case.id][0] == name] for name in SHARES}
+
+
+class Drawn:
+    """The cases of some categories, split; those that no answer passes are left out.
+
+    Args:
+        categories: some of ``known``.
+        known: all that an environment has.
+        keys: what two cases of different splits may not share.
+        seed: of the draw.
+
+    Raises:
+        ValueError: a category is not known, or there is none.
+        MissingExtra: the wheel is not installed.
+    """
+
+    def __init__(self, categories: Iterable[str], known: Sequence[str], keys: Keys, seed: int) -> None:
+        wanted = set(categories)
+        unknown = sorted(wanted - set(known))
+        if unknown or not wanted:
+            raise ValueError(f"categories: {', '.join(unknown) or 'none'}, wanted some of {', '.join(known)}")
+        self.categories = tuple(category for category in known if category in wanted)
+        self._splits = _drawn(self.categories, keys, seed)
+        self._cases = {case.id: case for side in self._splits.values() for case, _ in side}
+
+    def grouped(self, split: str) -> Sequence[tuple[Case, str]]:
+        """The cases of a split with the names of their groups; none where there is no such split."""
+        return self._splits.get(split, ())
+
+    def tasks(self, split: str) -> tuple[Task, ...]:
+        """The cases of a split as tasks, a category a family."""
+        return tuple(Task(case.id, case.category) for case, _ in self.grouped(split))
+
+    def find(self, task: Task) -> Case:
+        """The case of a task.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if task.id not in self._cases:
+            raise ValueError(f"task {task.id!r} is none of {', '.join(self.categories)}")
+        return self._cases[task.id]
+
+
+@functools.cache
+def _drawn(categories: tuple[str, ...], keys: Keys, seed: int) -> dict[str, list[tuple[Case, str]]]:
+    every = [case for category in categories for case in cases(category) if case.id not in UNANSWERABLE]
+    return splits(every, keys, seed)
 
 
 def _words(text: str) -> str:

@@ -1,8 +1,8 @@
 """The official parts of BFCL, from the ``bfcl-eval`` wheel: its data, converter, checkers and tool classes.
 
-The wheel as a whole needs every provider's client, and makes folders beside itself when it is imported. Of all that, these
-parts need one constant. So they are imported under stand-ins, and taken out of ``sys.modules`` again: whoever imports
-``bfcl_eval`` gets the wheel as it is. Each load is a copy of its own, with its own module globals.
+The wheel as a whole needs every provider's client, and makes folders beside itself when it is imported. Of all that,
+these parts need one constant. So they are imported under stand-ins, and taken out of ``sys.modules`` again: whoever
+imports ``bfcl_eval`` gets the wheel as it is. Each load is a copy of its own, with its own module globals.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ def official() -> Official:
     return Official()
 
 
-def classes() -> tuple[dict[str, type[Any]], frozenset[str], ModuleType]:
+def classes() -> tuple[dict[str, type[Any]], frozenset[str], Any]:
     """A fresh copy of the executable tool classes and of the multi-turn checker.
 
-    Two copies share no object: the classes keep long texts, and mpmath its precision, in module globals that calls write.
+    Two copies share no object: the classes keep long texts, and mpmath its precision, in globals that calls write.
 
     Returns:
         The classes by name; the names of those that take no scenario; the module of ``multi_turn_checker``, whose
