@@ -7,7 +7,7 @@ import pydantic
 import pytest
 
 from attar.agents.limits import write_result
-from attar.agents.schemas import BadTools, check_tools
+from attar.data.schemas import BadTools, check_tools
 from attar.errors import AttarError
 
 # results as text

@@ -8,16 +8,20 @@ from hypothesis import strategies as st
 
 from attar.data.conversations import BadRow, parse_conversation
 from attar.data.types import Message, ToolCall
-from attar.engines.calls import Reader, form_of, knows_tools, read_message
+from attar.engines.calls import Reader, form_of, read_message
 from attar.errors import CapabilityError
-from attar.tokens.hermes import with_hermes
+from attar.tokens import knows_tools, with_tools
 from attar.tokens.turns import Turns
-from chats import HARMONY, JSON_ARGUMENTS, R1, TOKENIZERS, WEATHER, with_template
+from chats import JSON_ARGUMENTS, TOKENIZERS, WEATHER, with_template
 
 TOOLS = "{% if tools %}{{ '<|system|>' + tools | tojson + '<|end|>' }}{% endif %}"
 USERS = "{% if m.role != 'assistant' %}<|im_start|>{{ m.role + '\n' + m.content }}<|im_end|>{% else %}"
 HEAD = TOOLS + "{% for m in messages %}" + USERS + "<|im_start|>assistant\n{{ m.content or '' }}"
 TAIL = "<|im_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+def tooled(tokenizer):
+    return with_tools(tokenizer).tokenizer
 
 
 def template(call, before="", after=""):
@@ -53,7 +57,7 @@ WRITTEN = {
     "compact": template("<tool_call>{{ c | tojson(separators=(',', ':')) }}</tool_call>"),
 }
 FORMED = {name: with_template(TOKENIZERS["chatml"], text) for name, text in WRITTEN.items()}
-FORMED |= {name: TOKENIZERS[name] for name in ("qwen",)} | {"hermes": with_hermes(TOKENIZERS["chatml"])}
+FORMED |= {name: TOKENIZERS[name] for name in ("qwen",)} | {"hermes": tooled(TOKENIZERS["chatml"])}
 FORMS = {name: form_of(tokenizer) for name, tokenizer in FORMED.items()}
 NESTED = {
     "type": "function",
@@ -129,10 +133,10 @@ def test_the_form_is_told_from_what_the_template_writes(name, kind, marks):
 def test_a_template_without_tools_says_so_and_is_given_some():
     for name in ("chatml", "marked", "gemma"):
         assert not knows_tools(TOKENIZERS[name])
-        with pytest.raises(CapabilityError, match="so none can be read"):
+        with pytest.raises(CapabilityError, match="does not show the model its tools"):
             form_of(TOKENIZERS[name])
-        assert knows_tools(with_hermes(TOKENIZERS[name]))
-        assert form_of(with_hermes(TOKENIZERS[name])) == FORMS["hermes"]
+        assert knows_tools(tooled(TOKENIZERS[name]))
+        assert form_of(tooled(TOKENIZERS[name])) == FORMS["hermes"]
     assert all(knows_tools(tokenizer) for tokenizer in FORMED.values())
 
 
@@ -141,20 +145,14 @@ def test_a_template_without_tools_says_so_and_is_given_some():
     [
         (JSON_ARGUMENTS, "does not show the model its tools"),
         (template("{{ c.name + '(' + c.arguments | tojson + ')' }}"), r"'probe_weather\(\{.*a form that is not known"),
-        (HEAD + TAIL, "writes '' for a call"),
-        (R1, "that can be told from the rest"),
+        (HEAD + TAIL, "no call that can be told from the rest.*give the tokenizer a template that writes calls"),
         (template("<|channel|>x<|message|>{{ c | tojson }}"), "a form that is not known"),
     ],
 )
 def test_an_unknown_form_is_named(text, said):
     tokenizer = with_template(TOKENIZERS["chatml"], text)
     with pytest.raises(CapabilityError, match=said):
-        form_of(with_hermes(tokenizer) if text is R1 else tokenizer)
-
-
-def test_a_form_whose_openers_hold_other_control_tokens_is_unknown():
-    with pytest.raises(CapabilityError, match=r"<\|channel\|>final.*a form that is not known"):
-        form_of(with_hermes(with_template(TOKENIZERS["chatml"], HARMONY)))
+        form_of(tokenizer)
 
 
 json_values = st.recursive(

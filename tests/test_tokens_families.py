@@ -10,7 +10,7 @@ import pytest
 import chats
 import families
 from attar.data.conversations import parse_conversation
-from attar.engines.calls import read_message
+from attar.engines.calls import form_of, read_message
 from attar.engines.gguf import load_gguf
 from attar.errors import DataError, ModelError
 from attar.students.gguf_file import write_gguf
@@ -144,7 +144,7 @@ def test_the_parser_reads_what_was_trained(family):
     texts = [text for text, flag in highlight(ready, example) if flag]
     end = families.TOKENS[family][0]
     for text, wanted in zip(texts, (m for m in one.messages if m.role == "assistant"), strict=True):
-        found = read_message(text.removesuffix(end), tools=True, thinking=False)
+        found = read_message(text.removesuffix(end), form_of(ready), tools=one.tools, thinking=False)
         assert (found.content, found.reasoning) == (wanted.content, wanted.reasoning)
         assert [(c.name, c.arguments) for c in found.tool_calls] == [(c.name, c.arguments) for c in wanted.tool_calls]
 

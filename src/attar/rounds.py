@@ -19,8 +19,7 @@ from attar.data.conversations import parse_conversation, read_conversations, wri
 from attar.data.episodes import Episode
 from attar.data.journal import Journal
 from attar.engines.load import load_chat_teacher
-from attar.engines.local import load_local, resolve_device
-from attar.engines.local_chat import LocalChat
+from attar.engines.local_chat import LocalChat, load_local_chat
 from attar.errors import RunError
 from attar.progress import track
 from attar.recipe import AgentRecipe
@@ -82,8 +81,13 @@ def _round(recipe: AgentRecipe, run: Run, relabel: Relabel, number: int) -> dict
     student = run.path("rounds", str(number - 1), "models", f"seed-{recipe.train.seeds[0]}")
 
     def engine() -> LocalChat:
-        model = load_local(f"hf:{student}", device=resolve_device(recipe.run.device))
-        return LocalChat(model, name="student", tokens_per_batch=recipe.teacher.tokens_per_batch)
+        return load_local_chat(
+            f"hf:{student}",
+            device=recipe.run.device,
+            name="student",
+            tokens_per_batch=recipe.teacher.tokens_per_batch,
+            constrained=recipe.evaluate.constrained,
+        )
 
     episodes = play_all(
         engine,

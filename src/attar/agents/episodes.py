@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 from attar.agents.environments import Conversing, Environment, Task, ToolError
 from attar.agents.limits import EnvironmentLost, write_result
-from attar.agents.schemas import check_tools
 from attar.agents.seats import Hung, Seat
 from attar.data.episodes import Episode, Outcome, Step, Stopped
+from attar.data.schemas import check_tools
 from attar.data.tools import CallChecker
 from attar.data.types import Message, ToolCall
 from attar.engines.base import Answer, ChatEngine, ChatRequest, Failure

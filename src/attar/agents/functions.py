@@ -20,8 +20,8 @@ import pydantic.json_schema
 
 from attar.agents.background import Background
 from attar.agents.environments import Beginning, Task, ToolError
-from attar.agents.schemas import BadTools, check_tools
 from attar.data.episodes import Outcome
+from attar.data.schemas import BadTools, check_tools
 from attar.data.types import Message
 from attar.errors import UsageError
 

@@ -14,7 +14,11 @@ from attar.recipe import AgentRecipe
 
 __all__ = ["ENVIRONMENTS", "load_environment", "stage_of", "tasks_of"]
 
-ENVIRONMENTS: dict[str, str] = {}
+ENVIRONMENTS = {
+    "bfcl": "attar.agents.bfcl:SingleTurn",
+    "bfcl-multi-turn": "attar.agents.bfcl:MultiTurn",
+    "office": "attar.agents.office:Office",
+}
 """short name -> ``module:Class``"""
 
 

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from attar.agents.background import Background, Held
 from attar.agents.environments import ToolError
 from attar.agents.limits import EnvironmentLost
-from attar.agents.schemas import BadTools, check_tools
+from attar.data.schemas import BadTools, check_tools
 from attar.errors import UsageError, require
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from attar.agents.background import Background, Held
 from attar.agents.environments import Beginning, Task, ToolError
 from attar.agents.limits import EnvironmentLost
 from attar.agents.mcp import McpServer
-from attar.agents.schemas import check_tools
 from attar.data.episodes import Outcome
+from attar.data.schemas import check_tools
 from attar.data.types import Message
 from attar.errors import RunError, UsageError, require
 

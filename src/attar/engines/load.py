@@ -134,12 +134,12 @@ def load_chat_teacher(recipe: Recipe, *, fresh: bool = False, ledger: Accounts |
 
         return load_gguf_chat(recipe, ledger)
     if scheme == "hf":
-        from attar.engines.local import load_local, resolve_device
-        from attar.engines.local_chat import LocalChat
+        from attar.engines.local_chat import load_local_chat
 
         teacher = recipe.teacher
-        model = load_local(teacher.model, dtype=teacher.dtype, device=resolve_device(recipe.run.device))
-        return LocalChat(model, name=Path(teacher.model).name, tokens_per_batch=teacher.tokens_per_batch)
+        return load_local_chat(
+            teacher.model, dtype=teacher.dtype, device=recipe.run.device, tokens_per_batch=teacher.tokens_per_batch
+        )
     made = _users_own(recipe)
     if not isinstance(made, ChatEngine):
         raise ModelError(f"teacher.model: {recipe.teacher.model} is no chat engine; it needs {_members(ChatEngine)}")

@@ -6,24 +6,29 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from attar.data.conversations import BadRow
+from attar.data.schemas import check_tools
+from attar.data.types import Message
 from attar.engines.base import Answer, Capability, ChatRequest, Failure
-from attar.engines.calls import THINK, THOUGHT, Form, form_of, knows_tools, read_message
+from attar.engines.calls import THINK, THOUGHT, Form, form_of, read_message
 from attar.engines.calls.constrain import Constraints, Matcher
 from attar.engines.calls.grammar import grammar_of
-from attar.engines.calls.schemas import check_tools
 from attar.engines.heads import head_of, plain_model
-from attar.engines.local import LocalEngine
+from attar.engines.local import LocalEngine, load_local, resolve_device
 from attar.errors import CapabilityError, DataError, RunError
-from attar.tokens import encode_request
-from attar.tokens.hermes import with_hermes
+from attar.tokens import PrunedPrompt, encode_request, with_tools
 
-__all__ = ["LocalChat"]
+__all__ = ["LocalChat", "load_local_chat"]
+
+
+# Grammars that are kept: requests of one job have the same tools, most of them.
+_REMEMBERED = 256
 
 
 @dataclass
@@ -57,19 +62,27 @@ class LocalChat:
 
     An answer that must fit a schema, a call that must be made, and a call once it is begun are held to a grammar: the
     model chooses among the tokens that may come next. Calls stand in the form in which the model's own template writes
-    them; a template that knows no tools is given one that does (:mod:`attar.tokens.hermes`).
+    them; a template that knows no tools is given one that does (:func:`attar.tokens.with_tools`).
 
     Args:
         engine: the model and its tokenizer.
         name: of the model, in answers.
         tokens_per_batch: of the prompts that are answered together, padding included.
         constrained: hold calls to a grammar; else what the model writes is only read, and what cannot be read fails.
+        pruned: what was cut from the model's prompts in training is cut from those of requests that carry it.
     """
 
     def __init__(
-        self, engine: LocalEngine, *, name: str, tokens_per_batch: int = 512, constrained: bool = True
+        self,
+        engine: LocalEngine,
+        *,
+        name: str,
+        tokens_per_batch: int = 512,
+        constrained: bool = True,
+        pruned: PrunedPrompt | None = None,
     ) -> None:
-        self._constrained = constrained
+        self._constrained, self._pruned = constrained, pruned
+        self._grammars: dict[str, str] = {}
         self._engine, self._name, self._tokens_per_batch = engine, name, tokens_per_batch
         self._decoder = plain_model(engine.model).get_decoder()
         self._head = head_of(engine.model, engine.tokenizer)
@@ -129,10 +142,11 @@ class LocalChat:
         tooled = bool(tools) or any(message.tool_calls or message.role == "tool" for message in request.messages)
         tokenizer = self._tooled if tooled else self._engine.tokenizer
         try:
-            check_tools(tools)
+            if not self._constrained:
+                check_tools(tools, "the request")
             if demanded and not tools:
                 raise DataError(f"tool_choice is {request.tool_choice!r}, and no tools are on offer; offer some")
-            prompt = encode_request(tokenizer, request.messages, tools)
+            prompt = encode_request(tokenizer, *self._shown(request.messages, tools))
             thinking = str(tokenizer.decode(prompt[-8:])).rstrip().endswith(THINK)
             matcher = self._matcher(request, tools, thinking)
         except DataError as error:
@@ -147,28 +161,40 @@ class LocalChat:
         generator.seed() if request.seed is None else generator.manual_seed(request.seed)
         return _Row(index, request, tools, prompt, room, generator, thinking, matcher)
 
+    def _shown(
+        self, messages: tuple[Message, ...], tools: tuple[dict[str, Any], ...]
+    ) -> tuple[tuple[Message, ...], tuple[dict[str, Any], ...]]:
+        """What the model reads of a request; calls are held to its tools whether they are read or not."""
+        if self._pruned is None:
+            return messages, tools
+        cut = self._pruned.request(messages, tools)
+        return cut.messages, cut.tools
+
     def _matcher(self, request: ChatRequest, tools: tuple[dict[str, Any], ...], thinking: bool) -> Matcher | None:
         """What the answer to a request is held to; None where any text will do."""
         if not self._constrained or (request.schema is None and not tools):
             return None
         reasons = THOUGHT in self._engine.tokenizer.get_chat_template(None, list(tools) or None)
         constraints = self._constraints
-        grammar = grammar_of(
-            form=self._form if tools else None,
-            tools=tools,
-            choice=request.tool_choice,
-            schema=request.schema,
-            thinking="opened" if thinking else "allowed" if reasons else "never",
-            apart=constraints.apart,
-            words=constraints.words,
-        )
-        return constraints.matcher(grammar)
+        key = json.dumps([tools, request.tool_choice, request.schema, thinking])
+        if key not in self._grammars:
+            if len(self._grammars) >= _REMEMBERED:
+                self._grammars.clear()
+            self._grammars[key] = grammar_of(
+                form=self._form if tools else None,
+                tools=tools,
+                choice=request.tool_choice,
+                schema=request.schema,
+                thinking="opened" if thinking else "allowed" if reasons else "never",
+                apart=constraints.apart,
+                words=constraints.words,
+            )
+        return constraints.matcher(self._grammars[key])
 
     @cached_property
     def _tooled(self) -> Any:
         """The tokenizer with a template that knows tools."""
-        tokenizer = self._engine.tokenizer
-        return tokenizer if knows_tools(tokenizer) else with_hermes(tokenizer)
+        return with_tools(self._engine.tokenizer).tokenizer
 
     @cached_property
     def _form(self) -> Form:
@@ -302,3 +328,35 @@ def _is_json(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def load_local_chat(
+    model: str,
+    *,
+    dtype: str = "auto",
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    name: str | None = None,
+    tokens_per_batch: int = 512,
+    constrained: bool = True,
+) -> LocalChat:
+    """Load a model to continue conversations, asked as it was trained: what was cut from its prompts is cut.
+
+    Args:
+        model: as :func:`attar.engines.local.load_local` takes it.
+        dtype: likewise.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        name: in answers; None: the folder's.
+        tokens_per_batch: see :class:`LocalChat`.
+        constrained: likewise.
+
+    Raises:
+        ModelError: there is no such model, or its record of what was cut is damaged.
+    """
+    place = Path(model.partition(":")[2]).expanduser()
+    return LocalChat(
+        load_local(model, dtype=dtype, device=resolve_device(device)),
+        name=name or place.name,
+        tokens_per_batch=tokens_per_batch,
+        constrained=constrained,
+        pruned=PrunedPrompt.load(place),
+    )

@@ -60,13 +60,17 @@ def open_actor(recipe: AgentRecipe, folder: Path, arm: str, number: int, *, fres
     """
     if arm == "teacher":
         return load_chat_teacher(recipe, fresh=fresh)
-    from attar.engines.local import load_local, resolve_device
-    from attar.engines.local_chat import LocalChat
+    from attar.engines.local_chat import load_local_chat
 
     stored = "base" if arm == "prompted" else arm
     seed = 0 if stored == "base" else recipe.train.seeds[number]
-    model = load_local(f"hf:{folder / 'export' / stored / f'seed-{seed}'}", device=resolve_device(recipe.run.device))
-    engine: ChatEngine = LocalChat(model, name=arm, tokens_per_batch=recipe.teacher.tokens_per_batch)
+    engine: ChatEngine = load_local_chat(
+        f"hf:{folder / 'export' / stored / f'seed-{seed}'}",
+        device=recipe.run.device,
+        name=arm,
+        tokens_per_batch=recipe.teacher.tokens_per_batch,
+        constrained=recipe.evaluate.constrained,
+    )
     if arm == "prompted":
         shown = choose_demonstrations(_taught(recipe, folder), recipe.evaluate.demonstrations)
         engine = Demonstrated(engine, shown)

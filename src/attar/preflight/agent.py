@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from attar.agents.environments import Environment
 from attar.agents.load import load_environment, tasks_of
-from attar.agents.schemas import check_tools
+from attar.data.schemas import check_tools
 from attar.engines.load import load_chat_teacher, scripted
 from attar.errors import AttarError
 from attar.preflight import chat

@@ -170,7 +170,8 @@ def _launch(recipe: ChatRecipe, run: Run, course: Course) -> None:
     if done.returncode:
         raise RunError(
             f"accelerate launch ended with {done.returncode} while it trained {course.arm} seed {course.seed}; its "
-            f"messages are above. Check {recipe.train.accelerate}, or leave train.accelerate out to train in one process"
+            f"messages are above. Check {recipe.train.accelerate}, or leave train.accelerate out to train in one "
+            "process"
         )
 
 

@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 from attar.data.types import Conversation, Message, ToolCall
 from attar.errors import CapabilityError, DataError
+from attar.tokens import knows_tools
 from attar.tokens.controls import coder
 from attar.tokens.turns import Turns
 
-__all__ = ["Form", "form_of", "knows_tools"]
+__all__ = ["Form", "form_of"]
 
 # Names that stand in no template; the id is what Mistral's wants, nine letters and digits.
 _NAMES = ("probe_weather", "probe_clock")
@@ -73,16 +74,6 @@ class Form:
         return tuple(mark for mark in (self.opener, self.closer, self.middle, self.id_mark, self.alternative) if mark)
 
 
-def knows_tools(tokenizer: Any) -> bool:
-    """Whether the tokenizer's template shows a model its tools, or writes its calls.
-
-    Raises:
-        ModelError: the tokenizer has no chat template, or is not a fast one.
-    """
-    prompt, answer = _rendered(tokenizer, 1)
-    return _NAMES[0] in prompt or (isinstance(answer, str) and _NAMES[0] in answer)
-
-
 def form_of(tokenizer: Any) -> Form:
     """How the tokenizer's template writes calls.
 
@@ -90,17 +81,14 @@ def form_of(tokenizer: Any) -> Form:
         CapabilityError: the template writes them in a form that is not known here, or shows no tools.
         ModelError: the tokenizer has no chat template, or is not a fast one.
     """
-    prompt, answer = _rendered(tokenizer, 1)
+    if not knows_tools(tokenizer):
+        raise CapabilityError(
+            "the chat template does not show the model its tools, so it can neither be asked for calls nor read; give "
+            "the tokenizer one that does: attar.tokens.with_tools(tokenizer)"
+        )
+    answer = _rendered(tokenizer, 1)
     if isinstance(answer, DataError):
         raise CapabilityError(f"the chat template writes no call that can be told from the rest: {answer}") from answer
-    if _NAMES[0] not in answer:
-        raise CapabilityError(
-            f"the chat template writes {answer!r} for a call, so none can be read; take one that writes calls"
-        )
-    if _NAMES[0] not in prompt:
-        raise CapabilityError(
-            f"the chat template writes calls ({answer!r}) but does not show the model its tools; take one that does"
-        )
     form = _named_xml(answer) or _json(answer)
     special = coder(tokenizer, template := tokenizer.get_chat_template(None, list(_tools()))).special
     if form is None or any(token in mark and token != mark for token in special for mark in form.marks):
@@ -121,8 +109,8 @@ def _tools() -> tuple[dict[str, Any], ...]:
     )
 
 
-def _rendered(tokenizer: Any, calls: int) -> tuple[str, str | DataError]:
-    """The prompt, and what the assistant writes, its end taken off; or why it is not to be had."""
+def _rendered(tokenizer: Any, calls: int) -> str | DataError:
+    """What the assistant writes for calls, its end taken off; or why it is not to be had."""
     made = tuple(
         ToolCall(identity, name, {_KEY: _VALUE}) for identity, name in zip(_IDS[:calls], _NAMES[:calls], strict=True)
     )
@@ -132,11 +120,11 @@ def _rendered(tokenizer: Any, calls: int) -> tuple[str, str | DataError]:
     try:
         turn = turns.turn(1)
     except DataError as error:
-        return Turns(tokenizer, Conversation((asked,), _tools()), {}).asked()[0], error
+        return error
     text = turn.text[turn.start : turn.end]
     end = max(start for start, stop in turns.coder.occurrences(text) if stop == len(text))
     # What a template opens and closes for a reasoning that is not there.
-    return turn.text[: turn.start], text[:end].rpartition("</think>")[2].strip()
+    return text[:end].rpartition("</think>")[2].strip()
 
 
 def _json(answer: str) -> Form | None:
@@ -218,7 +206,7 @@ def _named_xml(answer: str) -> Form | None:
 
 def _between(tokenizer: Any, form: Form) -> str | None:
     """What stands between two calls; None where the template writes only one."""
-    _, answer = _rendered(tokenizer, 2)
+    answer = _rendered(tokenizer, 2)
     if isinstance(answer, DataError) or not all(name in answer for name in _NAMES):
         return None
     if form.kind == "array":

@@ -9,9 +9,10 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
+from attar.data.schemas import check_tools
 from attar.engines.calls.forms import Form
 from attar.engines.calls.reader import THINK, THOUGHT
-from attar.engines.calls.schemas import LAYOUT, check_schema, check_tools, close_objects
+from attar.engines.calls.schemas import LAYOUT, check_schema, close_objects
 from attar.errors import CapabilityError, DataError
 
 __all__ = ["Thinking", "grammar_of"]
@@ -62,7 +63,7 @@ def grammar_of(
         check_schema(schema, "schema")
         body = rules.json(close_objects(schema), LAYOUT)
     if tools:
-        check_tools(tools)
+        check_tools(tools, "the request")
         assert form is not None
         calls = rules.calls(form, tools, choice)
         if free:

@@ -1,16 +1,15 @@
-"""Tools and JSON schemas that a model can be held to; what cannot be is refused by name before anything is written."""
+"""JSON schemas that a model can be held to; what cannot be is refused by name before anything is written."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jsonschema
 
 from attar.errors import DataError, require
 
-__all__ = ["LAYOUT", "check_schema", "check_tools", "close_objects"]
+__all__ = ["LAYOUT", "check_schema", "close_objects"]
 
 LAYOUT = (", ", ": ")
 """what JSON has between items and behind keys, as ``json.dumps`` and chat templates write it"""
@@ -18,30 +17,6 @@ LAYOUT = (", ", ": ")
 _COMBINED = {"allOf", "anyOf", "oneOf", "$ref", "not", "if", "patternProperties", "unevaluatedProperties"}
 _MANY = ("prefixItems", "anyOf", "oneOf")
 _NAMED = ("properties", "$defs", "definitions")
-
-
-def check_tools(tools: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse tools that no call can be held to.
-
-    Raises:
-        DataError: two have one name, or one has no schema, or none of an object.
-    """
-    seen: dict[str, int] = {}
-    for number, tool in enumerate(tools):
-        name, parameters = tool["function"]["name"], tool["function"].get("parameters")
-        where = f"tools[{number}] {name!r}"
-        if name in seen:
-            raise DataError(f"{where} and tools[{seen[name]}] have one name; give each tool a name of its own")
-        seen[name] = number
-        if not isinstance(parameters, dict):
-            raise DataError(
-                f"{where} has no schema: parameters is {parameters!r}, a JSON schema is wanted; for a tool that takes "
-                'nothing write {"type": "object", "properties": {}}'
-            )
-        if parameters.get("type", "object") != "object":
-            raise DataError(
-                f"{where}: parameters has type {parameters['type']!r}, and arguments are an object; set type: object"
-            )
 
 
 def check_schema(schema: Any, where: str) -> None:

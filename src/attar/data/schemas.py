@@ -14,7 +14,7 @@ import referencing
 import referencing.exceptions
 import referencing.jsonschema
 
-from attar.errors import UsageError
+from attar.errors import DataError
 
 __all__ = ["BadTools", "check_tools", "impossible"]
 
@@ -33,7 +33,7 @@ _ALL = frozenset[str]().union(*_ATOMS.values())
 _Resolver = Any
 
 
-class BadTools(UsageError):
+class BadTools(DataError):
     """Tools that no agent could be offered."""
 
 
