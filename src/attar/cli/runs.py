@@ -14,6 +14,7 @@ from attar.cli.app import EXIT_HOLD, EXIT_REFUSED, DryOption, JsonOption, Recipe
 from attar.cli.terminal import Terminal
 
 if TYPE_CHECKING:
+    from attar.preflight.headroom import Room
     from attar.recipe import Recipe
 
 
@@ -70,6 +71,9 @@ def _last_of_score(recipe: Recipe) -> str:
     return next(s.name for s in reversed(STAGES[recipe.task]) if s.name in ("score", "calibrate"))
 
 
+app.command("rollout")(
+    _stage_command("rollout", "Have the teacher play the environment's tasks: task: agent -> raw/episodes/.")
+)
 app.command("score")(_stage_command(_last_of_score, "Run up to the signals: what the teacher says about the examples."))
 
 app.command("train")(_stage_command("train", "Run up to the trained models: student, control and baseline."))
@@ -142,18 +146,42 @@ def _init(
 
 @app.command("check")
 def _check(
-    recipe: RecipeArgument = Path("attar.yaml"), overrides: SetOption = None, as_json: JsonOption = False
+    recipe: RecipeArgument = Path("attar.yaml"),
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    headroom: Annotated[
+        bool, typer.Option("--headroom", help="Agents: play a few tasks to see what distillation could gain.")
+    ] = False,
+    tasks: Annotated[int, typer.Option("--tasks", help="Of --headroom: tasks that are played.", min=1)] = 24,
 ) -> None:
     """Say what can be known before time is spent; exit 3 on a refusal."""
     from attar.preflight import check
     from attar.recipe import load_recipe
 
-    findings = check(load_recipe(recipe, overrides or ()))
+    loaded = load_recipe(recipe, overrides or ())
+    findings = check(loaded)
     refused = [finding for finding in findings if finding.level == "refuse"]
+    rooms = []
+    if headroom and not refused:
+        from attar.preflight.headroom import headroom as play
+
+        rooms = play(loaded, tasks=tasks, progress=Terminal())
     if as_json:
-        print(json.dumps({"findings": [vars(finding) for finding in findings], "refused": bool(refused)}))
+        found = {"findings": [vars(finding) for finding in findings], "refused": bool(refused)}
+        print(json.dumps(found | ({"headroom": [room.to_json() for room in rooms]} if headroom else {})))
     else:
         for finding in findings:
             print(f"{finding.level:>6}  {finding.message}")
+        for room in rooms:
+            _print_room(room)
     if refused:
         raise typer.Exit(EXIT_REFUSED)
+
+
+def _print_room(room: Room) -> None:
+    """One line of successes, one of what they say."""
+    arms = {"teacher": room.teacher, "base": room.base, "prompted": room.prompted}
+    words = ", ".join(f"{arm} {e.value:.0%} [{e.lo:.0%}, {e.hi:.0%}]" for arm, e in arms.items() if e is not None)
+    print(f"{room.family} ({room.tasks} tasks): {words}")
+    more = "" if room.cases is None else f"; {room.cases} tasks would tell it to 10 points on either side"
+    print(f"    {room.says}{more}")
