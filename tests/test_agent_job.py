@@ -10,6 +10,7 @@ from agents import Counter, counting
 from attar import pipeline
 from attar.data.episodes import Episode
 from attar.engines.scripted import ScriptedChat
+from attar.errors import Stopped
 from attar.recipe import load_recipe
 from chats import QWEN
 
@@ -104,3 +105,57 @@ def test_a_job_from_the_experts_episodes_to_the_report(job):
     assert evaluation["steps_replayed"] == 6
     page = (folder / "report/report.html").read_text()
     assert "a script and no model" in page
+
+
+def test_rounds_of_relabelling_learn_what_the_teacher_would_have_done(job):
+    folder = run(
+        job, "distill.relabel={rounds: 2, tasks: 3, corrections: 2}", "collect.rollout.tasks=18", until="train"
+    )
+    first, second = (
+        [Episode.read(row) for row in rows(folder / f"rounds/{number}/episodes.jsonl")] for number in (1, 2)
+    )
+    # Tasks that the teacher did not play come first.
+    assert sorted(e.task for e in first) == ["train-18", "train-19", "train-20"]
+    assert sorted(e.task for e in second) == ["train-21", "train-22", "train-23"]
+    assert all(episode.policy == "student" for episode in first + second)
+    labels = rows(folder / "rounds/1/labels.jsonl")
+    assert len(labels) == sum(len(episode.steps) for episode in first)
+    learned = rows(folder / "rounds/1/relabelled.jsonl")
+    assert all(any(m.get("train") is not False for m in row["messages"] if m["role"] == "assistant") for row in learned)
+    told = json.loads((folder / "manifest.json").read_text())["stages"]["train"]["counts"]
+    assert [entry["episodes"] for entry in told["rounds"]] == [3, 3]
+    assert told["rounds"][0]["states"] == len(labels)
+    assert told["rounds"][0]["agreed"] + told["rounds"][0]["corrected"] == sum(
+        sum(m.get("train") is not False for m in row["messages"] if m["role"] == "assistant") for row in learned
+    )
+    assert not told["control_equals_student"]
+    assert (folder / "models/student/seed-0/model.safetensors").exists()
+    assert (folder / "models/control/seed-0/model.safetensors").exists()
+    assert not (folder / "rounds/2/models").exists()
+
+
+def test_a_round_that_was_cut_off_asks_for_what_is_missing(job, monkeypatch):
+    asked = []
+
+    def answer(request):
+        asked.append(request)
+        if len(asked) == 10:
+            raise Stopped("the budget is used up")
+        return counting(request)
+
+    class Poor(ScriptedChat):
+        def __init__(self):
+            super().__init__(answer)
+
+    changes = ["distill.relabel={rounds: 1, tasks: 6}", "collect.rollout.tasks=2", "collect.rollout.val_tasks=1"]
+    monkeypatch.setattr("test_agent_job.Expert", Poor)
+    with pytest.raises(Stopped):
+        run(job, *changes, until="train")
+    before = len(asked)
+    assert before == 10
+    folder = run(job, *changes, until="train")
+    labels = rows(folder / "rounds/1/labels.jsonl")
+    steps = sum(len(Episode.read(row).steps) for row in rows(folder / "rounds/1/episodes.jsonl"))
+    assert len(labels) == steps == len({(row["episode"], row["step"]) for row in labels})
+    # What was said before the end is not asked again, but for the steps of an episode that was being asked about.
+    assert len(asked) - before < steps
