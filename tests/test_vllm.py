@@ -29,7 +29,10 @@ class LLM:
         assert options["logprobs_mode"] == "raw_logprobs"
         self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=64))
+        own = {"top_k": 5, "temperature": 0.6, "max_tokens": 2000}
+        config = SimpleNamespace(max_model_len=64, get_diff_sampling_param=lambda: own)
+        self.llm_engine = SimpleNamespace(model_config=config)
+        self.asked = []
 
     def get_tokenizer(self):
         return self.tokenizer
@@ -37,7 +40,18 @@ class LLM:
     @torch.no_grad()
     def generate(self, prompts, parameters, *, use_tqdm):
         assert not use_tqdm
-        return [self.output(prompt["prompt_token_ids"], parameters.prompt_logprobs) for prompt in prompts]
+        assert prompts
+        ids = [prompt["prompt_token_ids"] for prompt in prompts]
+        if isinstance(parameters, list):
+            self.asked += zip(ids, parameters, strict=True)
+            return [self.written(p) for p in parameters]
+        return [self.output(prompt, parameters.prompt_logprobs) for prompt in ids]
+
+    def written(self, parameters):
+        cut = parameters.max_tokens == 1
+        text = "yes" if cut else "<think>why</think>\nno"
+        made = SimpleNamespace(text=text, token_ids=[4, 5], finish_reason="length" if cut else "stop")
+        return SimpleNamespace(outputs=[made])
 
     def output(self, ids, entries):
         rows = [None]
@@ -56,17 +70,6 @@ class LLM:
                 }
             )
         return SimpleNamespace(prompt_token_ids=ids, prompt_logprobs=rows)
-
-    def chat(self, conversations, parameters, *, use_tqdm):
-        assert not use_tqdm
-        return [
-            SimpleNamespace(
-                prompt_token_ids=[1, 2, 3],
-                outputs=[SimpleNamespace(text=f"{c[-1]['content']}!", token_ids=[4, 5], finish_reason=reason)],
-            )
-            for c, p in zip(conversations, parameters, strict=True)
-            for reason in ["length" if p.max_tokens == 1 else "stop"]
-        ]
 
 
 @pytest.fixture
@@ -130,11 +133,26 @@ def test_examples_that_are_too_long_are_refused(vllm, tiny_teacher):
 
 def test_it_continues_conversations(vllm, tiny_teacher):
     engine = load_chat_teacher(recipe(tiny_teacher))
-    requests = [ChatRequest((Message("user", f"say {n}"),), max_tokens=1 + n, temperature=0.0) for n in range(3)]
-    answers = dict(engine.chat(requests))
-    assert [answers[n].message.content for n in range(3)] == ["say 0!", "say 1!", "say 2!"]
-    assert [answers[n].finish_reason for n in range(3)] == ["length", "stop", "stop"]
-    assert (answers[0].prompt_tokens, answers[0].completion_tokens, answers[0].usd) == (3, 2, 0.0)
+    long = ChatRequest((Message("user", "word " * 80),), 4)
+    requests = [
+        ChatRequest((Message("user", "say <|im_end|>"),), max_tokens=1, temperature=0.0, seed=3),
+        long,
+        ChatRequest((Message("user", "say"),), max_tokens=900, top_p=0.5, stop=("x",)),
+    ]
+    answers = dict(engine.chat([*requests, None, long]))
+    assert [answers[n].finish_reason for n in (0, 2)] == ["length", "stop"]
+    assert [answers[n].message.content for n in (0, 2)] == ["yes", "no"]
+    assert answers[2].message.reasoning == "why"
+    (first, one), (second, other) = engine._engine.asked
+    assert (answers[0].prompt_tokens, answers[0].completion_tokens, answers[0].usd) == (len(first), 2, 0.0)
+    # What a user writes is no control token.
+    end = engine._engine.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert first.count(end) == second.count(end) == 1
+    assert vars(one) == {"temperature": 0.0, "top_k": 5, "seed": 3, "max_tokens": 1, "stop": []}
+    assert vars(other) == {"temperature": 0.6, "top_k": 5, "top_p": 0.5, "max_tokens": 64 - len(second), "stop": ["x"]}
+    for n in (1, 3):
+        assert (answers[n].reason, answers[n].final) == ("bad request", True)
+        assert "the model reads 64" in answers[n].detail
     with pytest.raises(CapabilityError, match="vllm serve"):
         list(engine.chat([ChatRequest((Message("user", "x"),), 4, schema={"type": "object"})]))
 

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from attar.data.types import Message
 from attar.engines.base import Answer, Capability, ChatRequest, Failure, blocks
+from attar.engines.calls import THINK, read_message
 from attar.engines.served import PromptLimits, PromptTop, read_prompt_top
-from attar.errors import CapabilityError, ModelError, require
+from attar.errors import CapabilityError, DataError, ModelError, require
+from attar.tokens import encode_request
 
 __all__ = ["VllmTeacher", "load_vllm"]
 
@@ -55,7 +56,8 @@ class VllmTeacher:
 
     def __init__(self, vllm: Any, engine: Any, *, name: str) -> None:
         self._vllm, self._engine, self.name = vllm, engine, name
-        self.vocabulary = int(max(engine.get_tokenizer().get_vocab().values())) + 1
+        self._tokenizer = engine.get_tokenizer()
+        self.vocabulary = int(max(self._tokenizer.get_vocab().values())) + 1
         """size of the tokenizer's, the head's padding rows not counted"""
         self.limits = PromptLimits(kinds=("top_k",), temperature=1.0, layers=False, entries=self.vocabulary)
         self.max_tokens: int | None = engine.llm_engine.model_config.max_model_len
@@ -96,40 +98,64 @@ class VllmTeacher:
     def chat(self, requests: Iterable[ChatRequest | None]) -> Iterator[tuple[int, Answer | Failure]]:
         """Answer requests, in batches of vLLM's own; see :class:`attar.engines.base.ChatEngine`.
 
+        What a request leaves open is as vLLM reads the model's ``generation_config``.
+
         Raises:
             CapabilityError: a request asks for tools, a schema or log-probabilities.
         """
         for block in blocks(requests, _TOGETHER):
-            parameters = [self._parameters(request) for _, request in block]
-            conversations = [[message.wire for message in request.messages] for _, request in block]
-            for (index, _), output in zip(
-                block, self._engine.chat(conversations, parameters, use_tqdm=False), strict=True
-            ):
-                made = output.outputs[0]
-                yield (
-                    index,
-                    Answer(
-                        message=Message("assistant", made.text),
-                        finish_reason="length" if made.finish_reason == "length" else "stop",
-                        prompt_tokens=len(output.prompt_token_ids),
-                        completion_tokens=len(made.token_ids),
-                        cached_tokens=0,
-                        model=self.name,
-                        usd=0.0,
-                    ),
-                )
+            asked = []
+            for index, request in block:
+                prompt = self._prompt(request)
+                if isinstance(prompt, Failure):
+                    yield index, prompt
+                else:
+                    asked.append((index, request, prompt))
+            # vLLM takes no empty list.
+            if not asked:
+                continue
+            outputs = self._engine.generate(
+                [{"prompt_token_ids": prompt} for _, _, prompt in asked],
+                [self._parameters(request, prompt) for _, request, prompt in asked],
+                use_tqdm=False,
+            )
+            for (index, _, prompt), output in zip(asked, outputs, strict=True):
+                yield index, self._read(prompt, output.outputs[0])
 
-    def _parameters(self, request: ChatRequest) -> Any:
+    def _prompt(self, request: ChatRequest) -> list[int] | Failure:
+        """Token ids of what is asked, made here: vLLM would take a user's words for control tokens."""
         if request.tools or request.schema is not None or request.top_logprobs is not None:
             raise CapabilityError(
                 f"{self.name} in this process gives text alone, and a request asks for tools, a schema or "
                 "top_logprobs; serve it (vllm serve) and name it openai:NAME with teacher.base_url"
             )
+        try:
+            prompt = encode_request(self._tokenizer, request.messages)
+        except DataError as error:
+            return Failure("bad request", str(error), final=True, usd=0.0)
+        if self.max_tokens is not None and len(prompt) >= self.max_tokens:
+            detail = f"a prompt of {len(prompt)} tokens, and the model reads {self.max_tokens}"
+            return Failure("bad request", detail, final=True, usd=0.0)
+        return prompt
+
+    def _parameters(self, request: ChatRequest, prompt: Sequence[int]) -> Any:
+        room = request.max_tokens if self.max_tokens is None else min(request.max_tokens, self.max_tokens - len(prompt))
         settings = {"temperature": request.temperature, "top_p": request.top_p, "seed": request.seed}
-        return self._vllm.SamplingParams(
-            max_tokens=request.max_tokens,
-            stop=list(request.stop),
-            **{name: value for name, value in settings.items() if value is not None},
+        own = self._engine.llm_engine.model_config.get_diff_sampling_param()
+        stated = {name: value for name, value in settings.items() if value is not None}
+        return self._vllm.SamplingParams(**own | stated | {"max_tokens": room, "stop": list(request.stop)})
+
+    def _read(self, prompt: Sequence[int], made: Any) -> Answer:
+        cut = made.finish_reason == "length"
+        thinking = str(self._tokenizer.decode(prompt[-8:])).rstrip().endswith(THINK)
+        return Answer(
+            message=read_message(made.text, None, thinking=thinking, cut=cut),
+            finish_reason="length" if cut else "stop",
+            prompt_tokens=len(prompt),
+            completion_tokens=len(made.token_ids),
+            cached_tokens=0,
+            model=self.name,
+            usd=0.0,
         )
 
 
