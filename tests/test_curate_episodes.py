@@ -29,7 +29,7 @@ def result(text, number=0):
 def row(*messages, outcome=None):
     raw = {"messages": [{"role": "user", "content": "When is lunch with Ann?"}, *messages], "tools": TOOLS}
     if outcome is not None:
-        raw["meta"] = {"episode": {"outcome": outcome}}
+        raw["outcome"] = outcome
     return Row(raw, parse_conversation(raw))
 
 
@@ -45,19 +45,14 @@ GOOD = {"success": True, "score": 1.0, "reason": ""}
     ("outcome", "drop"),
     [
         (GOOD, None),
-        ({"success": False, "score": 0.0, "reason": "wrong day"}, ("failed episode", "wrong day")),
-        (None, ("no outcome", "no success is stated, and curate.outcomes is success")),
+        ({"success": False, "score": 0.0, "reason": "wrong day"}, "failed"),
+        (None, "no outcome"),
     ],
 )
 def test_only_successes_are_kept_unless_all_are_wanted(outcome, drop):
-    assert dropped(row(DONE, outcome=outcome)) == drop
-    assert dropped(row(DONE, outcome=outcome), outcomes="any") is None
-
-
-def test_an_outcome_that_was_recorded_counts_as_well():
-    recorded = row(DONE)
-    recorded.raw["meta"] = {"outcome": {"success": True}}
-    assert dropped(recorded) is None
+    found = dropped(row(DONE, outcome=outcome))
+    assert (found and found[0]) == drop
+    assert dropped(row(DONE, outcome=outcome), outcome={"failed": "keep", "unknown": "keep"}) is None
 
 
 def test_long_episodes():

@@ -38,7 +38,7 @@ def test_an_episode_is_a_conversation_grouped_by_its_task():
     assert EPISODE.conversation.messages == EPISODE.messages
 
 
-@pytest.mark.parametrize("spoil", [lambda row: row.pop("meta"), lambda row: row["meta"]["episode"].pop("outcome")])
+@pytest.mark.parametrize("spoil", [lambda row: row.pop("meta"), lambda row: row["meta"]["episode"].pop("steps")])
 def test_a_row_that_is_no_episode_is_refused(spoil):
     row = json.loads(json.dumps(EPISODE.wire))
     spoil(row)

@@ -73,7 +73,7 @@ class Episode:
 
     @property
     def wire(self) -> dict[str, Any]:
-        """The row of a JSONL file: a conversation's, with all else under ``meta.episode``."""
+        """The row of a JSONL file: a conversation's, with ``outcome``, and all else under ``meta.episode``."""
         about = {
             "environment": self.environment,
             "task": self.task,
@@ -81,12 +81,11 @@ class Episode:
             "policy": self.policy,
             "trial": self.trial,
             "seed": self.seed,
-            "outcome": vars(self.outcome),
             "stopped": self.stopped,
             "steps": [vars(step) for step in self.steps],
             "meta": self.meta,
         }
-        return self.conversation.wire | {"meta": {"episode": about}}
+        return self.conversation.wire | {"outcome": vars(self.outcome), "meta": {"episode": about}}
 
     @classmethod
     def read(cls, row: Mapping[str, Any]) -> Episode:
@@ -110,7 +109,7 @@ class Episode:
                 seed=about["seed"],
                 messages=conversation.messages,
                 tools=conversation.tools,
-                outcome=Outcome(**about["outcome"]),
+                outcome=Outcome(**row["outcome"]),
                 stopped=about["stopped"],
                 steps=tuple(Step(**step) for step in about["steps"]),
                 meta=about.get("meta") or {},

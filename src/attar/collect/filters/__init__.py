@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from attar.collect.filters import answers, episodes, limits, private, tools
+from attar.collect.filters import answers, episodes, limits, outcomes, private, tools
 from attar.collect.rows import Row
 from attar.recipe import AgentRecipe, ChatRecipe, ClassifyRecipe
 
@@ -29,18 +29,21 @@ def row_filters(recipe: ChatRecipe | ClassifyRecipe) -> tuple[list[Filter], priv
     chosen: list[Filter] = []
     if isinstance(recipe, AgentRecipe):
         agent = recipe.curate
-        if agent.outcomes == "success":
-            chosen.append(episodes.Outcomes())
         if agent.max_steps is not None:
             chosen.append(episodes.Length(agent.max_steps))
         if agent.ungrounded == "drop":
             chosen.append(episodes.ungrounded)
     if isinstance(recipe, ChatRecipe):
         chat = recipe.curate
+        chosen.append(answers.rejected)
         if chat.tool_calls == "drop":
             chosen.append(tools.Calls())
         if chat.truncated == "drop":
             chosen.append(answers.truncated)
+        if chat.filtered == "drop":
+            chosen.append(answers.filtered)
+        if "drop" in (chat.outcome.failed, chat.outcome.unknown):
+            chosen.append(outcomes.Outcomes(chat.outcome))
         if chat.unfinished == "drop":
             chosen.append(answers.unfinished)
         if chat.refusals == "drop":

@@ -1,4 +1,4 @@
-"""Episodes: what the environment says of them, and how much of the agent's thoughts and failures is learned."""
+"""Episodes: how long, how well grounded, and how much of the agent's thoughts and failures is learned."""
 
 from __future__ import annotations
 
@@ -12,26 +12,11 @@ from attar.errors import DataError
 from attar.recipe import AgentRecipe
 from attar.tokens.policies import Reasoning, with_reasoning, without_failures
 
-__all__ = ["Length", "Outcomes", "Policies", "ungrounded"]
+__all__ = ["Length", "Policies", "ungrounded"]
 
 # A number, or a name in quotes: what an answer cannot know by itself.
 _NUMBER = re.compile(r"(?<![\w.])\d+(?:[.,:]\d+)*")
 _QUOTED = re.compile(r"[\"“”«]([^\"“”«»]{2,80})[\"“”»]")
-
-
-class Outcomes:
-    """Drops episodes that failed, and those that nobody judged."""
-
-    def __call__(self, row: Row) -> tuple[str, str] | None:
-        """Look at ``meta.episode.outcome``, or ``outcome`` as a recorder or an importer writes it."""
-        meta = row.raw.get("meta")
-        about = meta.get("episode") if isinstance(meta, dict) else None
-        outcome = (about or {}).get("outcome") or (meta or {}).get("outcome") or row.raw.get("outcome")
-        if not isinstance(outcome, dict) or not isinstance(outcome.get("success"), bool):
-            return "no outcome", "no success is stated, and curate.outcomes is success"
-        if not outcome["success"]:
-            return "failed episode", str(outcome.get("reason") or "no reason given")
-        return None
 
 
 class Length:
