@@ -301,6 +301,34 @@ def test_the_check_sees_every_call():
     assert environment.start(task).messages[0].role == "user"
 
 
+class Clock:
+    """A source of tools that is no function."""
+
+    def __init__(self):
+        self.begun = 0
+        self.schemas = Functions([later]).schemas
+
+    def begin(self):
+        self.begun += 1
+
+    def call(self, tool, arguments):
+        return f"{tool} {self.begun}"
+
+
+def test_an_environment_of_functions_and_other_sources():
+    clock = Clock()
+    environment = FunctionEnvironment([add, clock], TASKS, check)
+    for episode in (1, 2):
+        tools = environment.start(TASKS["train"][0]).tools
+        assert [tool["function"]["name"] for tool in tools] == ["add", "later"]
+        assert environment.call("later", {"text": "x"}) == f"later {episode}"
+    assert environment.call("add", {"a": 1, "b": 1}) == 2
+    with pytest.raises(ToolError, match="there is no tool 'sub'; there are: add, later"):
+        environment.call("sub", {})
+    with pytest.raises(BadTools, match="functions: two tools are named 'later'"):
+        FunctionEnvironment([add, clock, later], TASKS, check).start(TASKS["train"][0])
+
+
 @pytest.mark.parametrize(
     ("tasks", "why"),
     [

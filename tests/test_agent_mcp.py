@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from attar.agents.environments import ToolError
+from attar.agents.environments import Task, ToolError
+from attar.agents.functions import FunctionEnvironment
 from attar.agents.limits import EnvironmentLost
 from attar.agents.mcp import McpServer
+from attar.data.episodes import Outcome
 from attar.errors import MissingExtra, UsageError
 
 SERVER = [sys.executable, str(Path(__file__).with_name("mcpserver.py"))]
@@ -130,6 +132,13 @@ def test_a_server_that_does_not_start(server, why):
 def test_options_that_do_not_go_together(server, options, why):
     with pytest.raises(UsageError, match=why):
         McpServer(server, **options)
+
+
+def test_an_environment_starts_a_server_when_an_episode_begins():
+    task = Task("1", "notes", {"user": "Write milk."})
+    environment = FunctionEnvironment([McpServer(["/nowhere/server"])], {"test": [task]}, lambda *all: Outcome(True))
+    with pytest.raises(EnvironmentLost, match="/nowhere/server: start failed: FileNotFoundError"):
+        environment.start(task)
 
 
 def test_secrets_in_a_url_are_not_shown():

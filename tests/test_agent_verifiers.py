@@ -67,6 +67,11 @@ def test_options_reach_the_taskset():
     environment = VerifiersEnvironment("sums_taskset", splits={"test": (0, 2)}, options={"system": "Think."})
     assert len(environment.tasks("test")) == 2
     environment.close()
+    environment = VerifiersEnvironment(
+        "sums_taskset", splits={"test": (0, 2)}, options={"stops": True}, ignore_stops=True
+    )
+    assert len(environment.tasks("test")) == 2
+    environment.close()
     with pytest.raises(UsageError, match=r"cannot be loaded: .*colour"):
         VerifiersEnvironment("sums_taskset", splits={"test": (0, 2)}, options={"colour": "red"})
 

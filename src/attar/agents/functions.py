@@ -11,7 +11,7 @@ import functools
 import inspect
 import json
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, Protocol, get_args, get_origin, get_type_hints
 
 import docstring_parser
 import pydantic
@@ -25,9 +25,23 @@ from attar.data.schemas import BadTools, check_tools
 from attar.data.types import Message
 from attar.errors import UsageError
 
-__all__ = ["Call", "FunctionEnvironment", "Functions"]
+__all__ = ["SPLITS", "Call", "FunctionEnvironment", "Functions", "Tools", "unknown_tool"]
 
-_SPLITS = ("train", "val", "calibration", "test")
+SPLITS = ("train", "val", "calibration", "test")
+
+
+class Tools(Protocol):
+    """A source of tools: ``Functions``, an MCP server, or one's own."""
+
+    @property
+    def schemas(self) -> tuple[dict[str, Any], ...]:
+        """The tools on offer, as OpenAI schemas."""
+
+    def begin(self) -> None:
+        """An episode begins; it must not see what others left behind."""
+
+    def call(self, tool: str, arguments: dict[str, Any]) -> Any:
+        """What a tool of this source returns, as ``Environment.call``."""
 
 
 class Functions:
@@ -52,6 +66,9 @@ class Functions:
         check_tools(self.schemas, "functions")
         self._named = {tool.name: tool for tool in tools}
 
+    def begin(self) -> None:
+        """Nothing to do: functions keep nothing, or it is their owner's to begin anew."""
+
     def call(self, tool: str, arguments: dict[str, Any]) -> Any:
         """What the function returns.
 
@@ -64,7 +81,7 @@ class Functions:
             Exception: whatever the function raised.
         """
         if tool not in self._named:
-            raise ToolError(f"there is no tool {tool!r}; there are: {', '.join(self._named) or 'none'}")
+            raise unknown_tool(tool, self._named)
         result = self._named[tool].run(arguments)
         return _loop().run(_awaited(result)) if inspect.isawaitable(result) else result
 
@@ -73,6 +90,11 @@ class Functions:
 def _loop() -> Background:
     """One for all functions of the process, so that they may share what is bound to a loop."""
     return Background("functions")
+
+
+def unknown_tool(tool: str, offered: Iterable[str]) -> ToolError:
+    """What an agent is told that calls a tool which is not on offer."""
+    return ToolError(f"there is no tool {tool!r}; there are: {', '.join(offered) or 'none'}")
 
 
 async def _awaited(result: Awaitable[Any]) -> Any:
@@ -90,13 +112,13 @@ class Call(NamedTuple):
 
 
 class FunctionEnvironment:
-    """An environment of functions that keep nothing between calls, and a check.
+    """An environment of functions that keep nothing between calls, of MCP servers, or of both, and a check.
 
     One whose functions change a world needs a new world for every episode: write a class with the four methods of
     ``Environment``, and let its ``start`` make a world and ``Functions`` of that world's methods.
 
     Args:
-        functions: the tools.
+        functions: the tools: functions, and sources such as ``McpServer``.
         tasks: by split. A task's ``data`` is an object whose ``user`` is what the user says; the rest is for the check.
         check: says what became of a task: ``check(task, messages, calls)``.
         system: the system prompt.
@@ -109,7 +131,7 @@ class FunctionEnvironment:
 
     def __init__(
         self,
-        functions: Iterable[Callable[..., Any]],
+        functions: Iterable[Callable[..., Any] | Tools],
         tasks: Mapping[str, Sequence[Task]],
         check: Callable[[Task, Sequence[Message], Sequence[Call]], Outcome],
         *,
@@ -117,15 +139,19 @@ class FunctionEnvironment:
         name: str = "functions",
     ) -> None:
         self.name = name
-        self._functions = Functions(functions)
+        plain: list[Any] = []
+        sources: list[Any] = []
+        for tool in functions:
+            (sources if hasattr(tool, "begin") else plain).append(tool)
+        self._sources: list[Tools] = [Functions(plain), *sources]
         self._tasks = {split: tuple(rows) for split, rows in tasks.items()}
         self._check, self._system = check, system
         self._task: Task | None = None
         self._calls: list[Call] = []
         seen: set[str] = set()
         for split, rows in self._tasks.items():
-            if split not in _SPLITS:
-                raise UsageError(f"{name}: there is no split {split!r}; wanted one of {', '.join(_SPLITS)}")
+            if split not in SPLITS:
+                raise UsageError(f"{name}: there is no split {split!r}; wanted one of {', '.join(SPLITS)}")
             for task in rows:
                 if task.id in seen:
                     raise UsageError(f"{name}: two tasks have the id {task.id!r}; an id is unique in its environment")
@@ -138,15 +164,23 @@ class FunctionEnvironment:
         return self._tasks.get(split, ())
 
     def start(self, task: Task) -> Beginning:
-        """The system prompt, if there is one, and what the user says."""
+        """The system prompt, if there is one, and what the user says.
+
+        Raises:
+            BadTools: two sources have a tool of one name.
+        """
         self._task, self._calls = task, []
+        for source in self._sources:
+            source.begin()
+        tools = tuple(schema for source in self._sources for schema in source.schemas)
+        check_tools(tools, self.name)
         system = () if self._system is None else (Message("system", self._system),)
-        return Beginning((*system, Message("user", task.data["user"])), self._functions.schemas)
+        return Beginning((*system, Message("user", task.data["user"])), tools)
 
     def call(self, tool: str, arguments: dict[str, Any]) -> Any:
         """What the function returns; the call is remembered for the check."""
         try:
-            result = self._functions.call(tool, arguments)
+            result = self._source(tool).call(tool, arguments)
         except Exception as error:
             self._calls.append(Call(tool, arguments, error=str(error) or type(error).__name__))
             raise
@@ -165,6 +199,15 @@ class FunctionEnvironment:
         if not isinstance(outcome, Outcome):
             raise UsageError(f"{self.name}: the check returned {outcome!r}; wanted attar.data.episodes.Outcome")
         return outcome
+
+    def _source(self, tool: str) -> Tools:
+        offered: list[str] = []
+        for source in self._sources:
+            names = [schema["function"]["name"] for schema in source.schemas]
+            if tool in names:
+                return source
+            offered += names
+        raise unknown_tool(tool, offered)
 
 
 class _NoTitles(pydantic.json_schema.GenerateJsonSchema):

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from attar.agents.background import Background, Held
 from attar.agents.environments import ToolError
+from attar.agents.functions import unknown_tool
 from attar.agents.limits import EnvironmentLost
 from attar.data.schemas import BadTools, check_tools
 from attar.errors import UsageError, require
@@ -117,7 +118,7 @@ class McpServer:
         """
         names = [schema["function"]["name"] for schema in self.schemas]
         if tool not in names:
-            raise ToolError(f"there is no tool {tool!r}; there are: {', '.join(names) or 'none'}")
+            raise unknown_tool(tool, names)
         self._used = True
         name = tool.removeprefix(self._prefix)
         result = self._ask(lambda client: client.call_tool(name, arguments), f"call of {tool!r}", of_agent=True)

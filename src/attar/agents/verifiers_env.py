@@ -13,7 +13,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from attar.agents.background import Background, Held
-from attar.agents.environments import Beginning, Task, ToolError
+from attar.agents.environments import Beginning, Task
+from attar.agents.functions import SPLITS, unknown_tool
 from attar.agents.limits import EnvironmentLost
 from attar.agents.mcp import McpServer
 from attar.data.episodes import Outcome
@@ -25,7 +26,6 @@ __all__ = ["VerifiersEnvironment"]
 
 # Before it, environments were classes of another kind.
 _OLDEST = (0, 4)
-_SPLITS = ("train", "val", "calibration", "test")
 
 
 class VerifiersEnvironment:
@@ -33,14 +33,15 @@ class VerifiersEnvironment:
 
     What it offers the agent are the tools of the taskset and of its tasks, under the names that verifiers gives them;
     code runs on this machine (its ``subprocess`` runtime). Refused by name is what would need another agent than
-    attar's: an ``Env`` of the taskset's own (users that are simulated, several agents), ``@stop`` and ``@intercept``
-    hooks, tasks that need a container.
+    attar's: an ``Env`` of the taskset's own (users that are simulated, several agents), ``@intercept`` hooks, tasks
+    that need a container; and ``@stop`` hooks, unless they are given up: an episode ends by attar's own limits.
 
     Args:
         taskset: its id, an installed package that exports a ``Taskset``.
         splits: of which tasks each split consists, ``{"train": (0, 200), "test": (200, 300)}``: the first, and the
             one after the last, in the taskset's order. verifiers itself knows no splits.
         options: of the taskset's config.
+        ignore_stops: play tasks with ``@stop`` hooks, without asking these.
         success: the least reward, all of its rewards weighted and added, that counts as success.
         timeout_s: the longest that a start, a call or a judgement may take, in seconds.
 
@@ -55,6 +56,7 @@ class VerifiersEnvironment:
         *,
         splits: Mapping[str, tuple[int, int]],
         options: Mapping[str, Any] | None = None,
+        ignore_stops: bool = False,
         success: float = 1.0,
         timeout_s: float = 120.0,
     ) -> None:
@@ -77,6 +79,7 @@ class VerifiersEnvironment:
                 f"verifiers taskset {taskset!r} is played by its own {environment.__name__}; not supported"
             )
         self._id, self._splits, self._success, self._timeout_s = taskset, dict(splits), success, timeout_s
+        self._ignore_stops = ignore_stops
         self._loaded: dict[str, tuple[Task, ...]] = {}
         self._tasks: dict[str, Any] = {}
         self._background = Background(f"verifiers {taskset}")
@@ -134,7 +137,7 @@ class VerifiersEnvironment:
             if tool in names:
                 return server.call(tool, arguments)
             offered += names
-        raise ToolError(f"there is no tool {tool!r}; there are: {', '.join(offered) or 'none'}")
+        raise unknown_tool(tool, offered)
 
     def finish(self, messages: Sequence[Message]) -> Outcome:
         """Enter the messages into the trace, and let the task's rewards judge it.
@@ -193,10 +196,14 @@ class VerifiersEnvironment:
         where = f"{self.name}: task {task.data.idx}"
         if type(task).NEEDS_CONTAINER or task.data.image:
             raise UsageError(f"{where} needs a container; only tasks that run in a subprocess are supported")
-        discovered = require("verifiers.v1.utils.decorators", "verifiers").discover_decorated(task, "intercept")
-        for kind, hooks in (("stop", task.hooks("stop")), ("intercept", discovered)):
-            if hooks:
-                raise UsageError(f"{where} has the hook @{kind} {hooks[0].__name__!r}, which would not be asked")
+        hooks = require("verifiers.v1.utils.decorators", "verifiers").discover_decorated(task, "intercept")
+        if hooks:
+            raise UsageError(f"{where} has the hook @intercept {hooks[0].__name__!r}, which would not be asked")
+        if (stops := task.hooks("stop")) and not self._ignore_stops:
+            raise UsageError(
+                f"{where} has the hook @stop {stops[0].__name__!r}, which would not be asked; if an episode may go on "
+                "all the same, set ignore_stops"
+            )
         if task.data.prompt is None:
             raise UsageError(f"{where} has no prompt: a user opens it, which is not supported")
         _prompt(task.data, where)
@@ -327,8 +334,8 @@ def _lowest(rewards: Mapping[str, Any]) -> str:
 def _check_splits(splits: Mapping[str, tuple[int, int]]) -> None:
     taken: list[tuple[int, int, str]] = []
     for split, (first, end) in splits.items():
-        if split not in _SPLITS:
-            raise UsageError(f"splits: there is no split {split!r}; wanted one of {', '.join(_SPLITS)}")
+        if split not in SPLITS:
+            raise UsageError(f"splits: there is no split {split!r}; wanted one of {', '.join(SPLITS)}")
         if not 0 <= first < end:
             raise UsageError(f"splits: {split!r} is tasks {first} to {end}; wanted a first one and one after the last")
         for start, stop, other in taken:
