@@ -59,9 +59,9 @@ def test_entries_that_no_answer_passes_are_no_tasks():
     environment = SingleTurn(LIVE)
     offered = {task.id for side in SIDES for task in environment.tasks(side)}
     assert not offered & UNANSWERABLE.keys()
-    for id in UNANSWERABLE:
+    for id in [id for id in UNANSWERABLE if id.startswith("live")]:
         case = case_of(id)
-        with pytest.raises(ValueError, match=f"{id}: its official answer fails its own check"):
+        with pytest.raises(ValueError, match=f"{id}: nobody can give its official answer"):
             reference_calls(case)
         # All combinations of allowed values, [] where none is.
         [(name, allowed)] = case.truth[0].items()
@@ -159,7 +159,7 @@ def test_schemas_are_json_schemas_of_json_types():
         return {schema.get("type")}.union(*map(types, inner))
 
     for category in (*ALL, *MULTI_TURN):
-        for case in cases(category)[::10]:
+        for case in cases(category)[::20]:
             on_offer = tools(case.functions)
             assert [tool["function"]["name"].replace(".", "_") for tool in on_offer] == [
                 function["name"].replace(".", "_") for function in case.functions
@@ -224,8 +224,7 @@ def test_official_answers_fit_the_schemas_but_for_those_that_are_known():
     assert misfits == MISFITS
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("categories", [CALLS, PYTHON, ALL])
+@pytest.mark.parametrize(("categories", "seed"), [(CALLS, 0), (PYTHON, 0), (PYTHON, 1), (LIVE, 0)])
 def test_no_split_shares_a_function_or_a_request(categories, seed):
     environment = SingleTurn(categories, seed)
     seen = {}

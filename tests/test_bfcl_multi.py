@@ -9,11 +9,12 @@ from dataclasses import replace
 import pytest
 
 from attar.agents.bfcl import MultiTurn, wheel
-from attar.agents.bfcl.cases import MULTI_TURN, cases
+from attar.agents.bfcl.cases import MULTI_TURN, UNANSWERABLE, cases, tools
 from attar.agents.bfcl.multi import CANNOT, DONE
 from attar.agents.bfcl.references import executed_call
 from attar.agents.environments import Changing, Conversing, Environment, Task, ToolError
 from attar.data.conversations import parse_conversation
+from attar.data.tools import CallChecker
 from attar.data.types import Message, ToolCall
 
 pytest.importorskip("bfcl_eval", reason="pip install --no-deps bfcl-eval")
@@ -70,7 +71,7 @@ def official_calls(environment, id):
 @pytest.mark.parametrize("category", MULTI_TURN)
 def test_official_calls_pass(environment, category):
     tasks = [one for side in SIDES for one in MultiTurn([category]).tasks(side)]
-    assert len(tasks) == len(cases(category)) == 200
+    assert {one.id for one in tasks} == {case.id for case in cases(category)} - UNANSWERABLE.keys()
     for one in tasks:
         messages, on_offer = environment.start(one)
         references = environment.reference(one)
@@ -101,9 +102,8 @@ def test_errors_are_worded_as_by_the_official_runner(environment, official_runne
     case = cases("multi_turn_base")[0]
     for call in [
         ToolCall("1", "cd", {"folder": "nowhere"}),
-        ToolCall("2", "mkdir", {"dir": "a"}),
-        ToolCall("3", "dance", {}),
-        ToolCall("4", "wc", {"file_name": ["a"]}),
+        ToolCall("2", "mkdir", {"dir_name": "a", "mode": 7}),
+        ToolCall("3", "tail", {"file_name": "log.txt", "lines": 10**30}),
     ]:
         text = f"{call.name}({', '.join(f'{name}={value!r}' for name, value in call.arguments.items())})"
         [official] = official_runner(
@@ -113,6 +113,36 @@ def test_errors_are_worded_as_by_the_official_runner(environment, official_runne
         with pytest.raises(ToolError) as raised:
             environment.call(call.name, call.arguments)
         assert str(raised.value) == official
+
+
+def test_a_call_that_the_tools_on_offer_do_not_take_is_not_made(environment):
+    # The function is held back until turn 3, so neither the world of the episode nor that of the check may see it.
+    id = "multi_turn_miss_func_0"
+    right = official_calls(environment, id)
+    early = [*right[0], ToolCall("x", "sort", {"file_name": "final_report.pdf"})]
+    misfit = ToolCall("y", "mkdir", {"dir_name": 7})
+    messages, results = play(environment, id, [[*early, misfit], *right[1:]])
+    assert results[len(right[0])].startswith(f"{FAILED}calls 'sort', on offer:")
+    assert results[len(early)] == f'{FAILED}(mkdir): $.dir_name breaks type: "string"'
+    assert environment.finish(messages).success
+    only_misfits, _ = play(environment, id, [[misfit], *right[1:]])
+    assert environment.finish(only_misfits).reason == "multi_turn:empty_turn_model_response"
+
+
+def test_official_calls_fit_the_schemas_on_offer_but_for_those_left_out(environment):
+    check = CallChecker()
+    misfits = set()
+    for category in MULTI_TURN:
+        for case in cases(category):
+            world = environment._new_world(case)
+            for function in case.functions:
+                assert any(callable(getattr(instance, function["name"], None)) for instance in world.values())
+            on_offer = ()
+            for turn, calls in enumerate(environment._truth(case)):
+                on_offer += tools(case.added.get(turn, []) if turn else case.entry["function"])
+                if any(check(call, on_offer) is not None for call in calls):
+                    misfits.add(case.id)
+    assert misfits == {id for id in UNANSWERABLE if id.startswith("multi_turn")}
 
 
 def test_the_user_speaks_again_until_all_is_said(environment):
@@ -246,10 +276,10 @@ def test_the_world_does_not_change_the_messages(environment):
     assert environment.finish(messages).success
 
 
-def test_only_public_functions_of_the_world_can_be_called(environment):
+def test_only_functions_on_offer_can_be_called(environment):
     environment.start(task("multi_turn_base_0"))
     for name in ("_load_scenario", "__class__", "__import__('os').system", "cd(folder='document') or ls", "print"):
-        with pytest.raises(ToolError, match="is not defined"):
+        with pytest.raises(ToolError, match="on offer: "):
             environment.call(name, {})
     with pytest.raises(ToolError, match="unexpected keyword argument"):
         environment.call("ls", {"a=True) or print(1": 1})
@@ -270,9 +300,9 @@ def test_calls_are_read_not_run():
 def test_all_variants_of_a_scenario_stand_on_one_side():
     environment = MultiTurn()
     numbers = [{one.id.rsplit("_", 1)[1] for one in environment.tasks(side)} for side in SIDES]
-    assert [len(found) for found in numbers] == [120, 14, 66]
-    assert len(set.union(*numbers)) == 200
-    assert [len(environment.tasks(side)) for side in SIDES] == [480, 56, 264]
+    assert [len(found) for found in numbers] == [119, 14, 66]
+    assert len(set.union(*numbers)) == 199
+    assert [len(environment.tasks(side)) for side in SIDES] == [475, 56, 264]
     requests = [
         {m.content for c in environment.references(side) for m in c.messages if m.role == "user"}
         - {"I have updated some more functions you can choose from. What about now?"}

@@ -10,10 +10,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import decimal
-import inspect
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +23,7 @@ from attar.agents.bfcl.splits import Drawn, by_scenario
 from attar.agents.bfcl.wheel import classes, official, version
 from attar.agents.environments import Beginning, Task, ToolError
 from attar.data.episodes import Outcome
+from attar.data.tools import CallChecker
 from attar.data.types import Conversation, Message, ToolCall
 
 __all__ = ["CANNOT", "DONE", "MultiTurn"]
@@ -62,6 +62,7 @@ class MultiTurn:
         self._version = version()
         self._drawn = Drawn(categories, MULTI_TURN, by_scenario, seed)
         self._classes, self._stateless, self._checker = classes()
+        self._check = CallChecker()
         self._case: Case | None = None
         self._world: World = {}
         self._turn = 0
@@ -91,13 +92,15 @@ class MultiTurn:
     def call(self, tool: str, arguments: dict[str, Any]) -> str:
         """The result as the official runner writes it.
 
-        As there, a function that is held back can be called: what a model cannot know of, it calls by luck.
-
         Raises:
-            ToolError: there is no such function, it raised, or it returned an error; the text is the official one.
+            ToolError: the tools on offer do not take the call, or it raised, or it returned an error; the text of the
+                last two is the official one.
             RuntimeError: no episode was started.
         """
         self._started("call")
+        misfit = self._check(ToolCall(None, tool, arguments), self.tools)
+        if misfit is not None:
+            raise ToolError(misfit.detail)
         text, failed = _executed(self._world, tool, arguments)
         if failed:
             raise ToolError(text)
@@ -120,7 +123,8 @@ class MultiTurn:
         """Judge the episode: its calls are made again, turn by turn beside the official ones, in two new worlds.
 
         After each turn that has official calls, the states must be equal and the official results among the results so
-        far. An episode with other than all turns, or with a turn of more than 20 answers with calls, fails.
+        far. An episode with other than all turns, or with a turn of more than 20 answers with calls, fails. A call that
+        the tools on offer did not take was not made; the official runner tries it all the same.
 
         Raises:
             RuntimeError: no episode was started.
@@ -130,6 +134,12 @@ class MultiTurn:
         truth = self._truth(case)
         if len(turns) != len(truth) or max(map(len, turns)) > official().step_limit:
             return outcome("multi_turn:force_terminated")
+        on_offer: tuple[dict[str, Any], ...] = tools(case.entry["function"])
+        made = []
+        for number, answers in enumerate(turns):
+            on_offer += tools(case.added.get(number, []))
+            taken = ([call for call in calls if self._check(call, on_offer) is None] for calls in answers)
+            made.append([calls for calls in taken if calls])
         worlds: dict[str, World] = {}
 
         def execute(func_call_list: Sequence[ToolCall], model_name: str, **_: Any) -> tuple[list[str], World]:
@@ -141,7 +151,7 @@ class MultiTurn:
         # The checker's module is this instance's own copy.
         self._checker.execute_multi_turn_func_call = execute
         try:
-            result = self._checker.multi_turn_checker(turns, truth, case.entry, case.category, official().model_name)
+            result = self._checker.multi_turn_checker(made, truth, case.entry, case.category, official().model_name)
         except Exception as error:  # it compares attribute by attribute what a wrong call may have bent
             return failure_of_checker(error)
         return outcome("" if result["valid"] else result["error_type"])
@@ -202,19 +212,10 @@ def _said(case: Case, turn: int) -> tuple[Message, ...]:
     return (Message("user", official().more_tools),) if turn in case.added else case.turns[turn]
 
 
-def _method(world: World, name: str) -> Callable[..., Any] | None:
-    """A public method; of two classes that have one of this name the later's, as in the official runner."""
-    if name.startswith("_"):
-        return None
-    found = (getattr(instance, name, None) for instance in reversed(world.values()))
-    return next((method for method in found if inspect.ismethod(method)), None)
-
-
 def _executed(world: World, tool: str, arguments: dict[str, Any]) -> tuple[str, bool]:
     """A call's result, written as the official runner writes it, and whether it is an error."""
-    method = _method(world, tool)
-    if method is None:
-        return f"Error during execution: name {tool!r} is not defined", True
+    # Of two classes that have a function of this name the later's, as in the official runner.
+    method = next(getattr(instance, tool) for instance in reversed(world.values()) if hasattr(instance, tool))
     for name in _COSTLY & arguments.keys():
         if isinstance(arguments[name], int | float) and abs(arguments[name]) > _LARGEST:
             return f"Error during execution: {name} is larger than {_LARGEST}", True

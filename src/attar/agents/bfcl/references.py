@@ -25,7 +25,7 @@ def reference_calls(case: Case) -> tuple[ToolCall, ...]:
     if case.truth is None:
         raise ValueError(f"{case.id}: {case.category} has no official calls")
     if case.id in UNANSWERABLE:
-        raise ValueError(f"{case.id}: its official answer fails its own check: {UNANSWERABLE[case.id]}")
+        raise ValueError(f"{case.id}: nobody can give its official answer: {UNANSWERABLE[case.id]}")
     descriptions = {function["name"]: function["parameters"] for function in case.functions}
     calls = []
     for number, answer in enumerate(case.truth):

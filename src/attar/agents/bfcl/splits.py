@@ -104,7 +104,7 @@ def splits(cases: Sequence[Case], keys: Keys, seed: int) -> dict[str, list[tuple
 
 
 class Drawn:
-    """The cases of some categories, split; those that no answer passes are left out.
+    """The cases of some categories, split; those of ``UNANSWERABLE`` are left out.
 
     Args:
         categories: some of ``known``.
