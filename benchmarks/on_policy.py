@@ -1,9 +1,9 @@
 """What it costs that the student writes: steps on recorded batches beside steps on its own.
 
-    python benchmarks/on_policy.py DIR [--steps 8] [--new-tokens 64] [--threads 2]
+    python benchmarks/on_policy.py DIR [--steps 8] [--tokens 1024] [--new-tokens 64] [--threads 2]
 
 DIR holds `teacher` and `student` (causal language models with one tokenizer). The prompts are short questions of
-`examples/language-model`; reverse KL from a live teacher, AdamW, float32, batches of 1,024 tokens. Three runs of as
+`examples/language-model`; reverse KL from a live teacher, AdamW, float32, batches of `--tokens` tokens. Three runs of as
 many steps, one after the other in this process: recorded batches alone, half of them the student's, all of them. The
 last line of stdout is one JSON object: seconds a step of each, of the on-policy runs the tokens written, tokens a
 second of writing, their mean length, the share that ended and the share of the time that writing took, and the loss
@@ -18,13 +18,13 @@ import time
 from pathlib import Path
 
 DATA = Path(__file__).resolve().parent.parent / "examples/language-model/conversations.jsonl"
-BUDGET = 1024
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
@@ -42,7 +42,7 @@ def main() -> None:
         "benchmark": "on_policy",
         "threads": options.threads,
         "max_new_tokens": options.new_tokens,
-        "tokens_per_batch": BUDGET,
+        "tokens_per_batch": options.tokens,
         "steps": options.steps,
         **figures,
         "step_ratio_half": round(figures["half"]["step_s"] / recorded, 2),
@@ -73,7 +73,7 @@ def measure(options: argparse.Namespace, share: float) -> dict:
     conversations, _ = read_conversations(DATA, key="data", on_bad_line="stop")
     examples, _ = encode_conversations(tokenizer, conversations[:600], max_tokens=512, max_truncated=0.5)
     how = Sampling(ends=ends_of(tokenizer, student, examples), max_new_tokens=options.new_tokens)
-    rows = OnPolicyRows(examples, BUDGET, sampling=how, share=share)
+    rows = OnPolicyRows(examples, options.tokens, sampling=how, share=share)
 
     class Kept(TrainerCallback):
         def __init__(self) -> None:
