@@ -3,8 +3,8 @@
     python benchmarks/on_policy.py DIR [--steps 8] [--tokens 1024] [--new-tokens 64] [--threads 2]
 
 DIR holds `teacher` and `student` (causal language models with one tokenizer). The prompts are short questions of
-`examples/language-model`; reverse KL from a live teacher, AdamW, float32, batches of `--tokens` tokens. Three runs of as
-many steps, one after the other in this process: recorded batches alone, half of them the student's, all of them. The
+`examples/language-model`; reverse KL from a live teacher, AdamW, float32, batches of `--tokens` tokens. Three runs of
+as many steps, one after the other in this process: recorded batches alone, half of them the student's, all of them. The
 last line of stdout is one JSON object: seconds a step of each, of the on-policy runs the tokens written, tokens a
 second of writing, their mean length, the share that ended and the share of the time that writing took, and the loss
 of the student's own tokens step by step. Progress goes to stderr.
