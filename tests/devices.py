@@ -26,7 +26,9 @@ from attar.tokens import TokenizedExample
 from attar.train.batches import Collator, TokenizedRows
 from attar.train.language_model import LanguageModel
 from attar.train.objectives import Feature, Logit, Response
+from attar.train.onpolicy import OnPolicyRows
 from attar.train.trainer import DistillationTrainer
+from attar.train.writing import Sampling
 
 VOCABULARY = 48
 LAYERS = {"model.layers.0": "model.layers.1"}
@@ -42,7 +44,8 @@ class Case:
     name: str
     launch: str = "one"
     source: str = "live"
-    """live teacher, hidden states from a store, or module: a linear one in place of language models"""
+    """live teacher, hidden states from a store, module: a linear one in place of language models, or written: a live
+    teacher, and every other batch is the student's own"""
     tied: bool = True
     steps: int = 20
     resume: str | None = None
@@ -141,9 +144,14 @@ def parts(folder, case):
         teacher(case.tied) if reader is None else None,
         teacher_head=None if reader is None else reader.head(),
     )
+    data = TokenizedRows(rows(5, 176), 36)
+    if case.source == "written":
+        how = Sampling(ends=frozenset({1}), max_new_tokens=6)
+        answered = [example for example in rows(5, 176) if example.supervised.any()]
+        data = OnPolicyRows(answered, 36, sampling=how, share=0.5, refresh=3)
     return {
         "model": student,
-        "train_dataset": TokenizedRows(rows(5, 176), 36),
+        "train_dataset": data,
         "eval_dataset": TokenizedRows(rows(5, 9), 36),
         "data_collator": Collator(0, reader),
     }
@@ -192,6 +200,10 @@ def run(folder: Path, case: Case) -> None:
         (out / "error.txt").write_text(f"{type(error).__name__}: {error}")
         return
     trainer.save_model(str(out / "last"))
+    if case.source == "written":
+        own = trainer.train_dataset.examples[len(trainer.train_dataset) :]
+        rank = trainer.args.process_index
+        (out / f"written-{rank}.json").write_text(json.dumps([example.ids.tolist() for example in own]))
     student = trainer.student_state_dict()
     if trainer.args.process_index == 0:
         save_file({name: tensor.clone() for name, tensor in student.items()}, out / "student.safetensors")
@@ -224,13 +236,17 @@ class Outcome:
         """Of student and teacher, what the first process holds."""
         return json.loads((self.folder / "logs.json").read_text())["shares"]
 
+    def written(self, rank):
+        """Ids of what a process's student wrote last."""
+        return json.loads((self.folder / f"written-{rank}.json").read_text())
+
     @property
     def error(self):
         return (self.folder / "error.txt").read_text()
 
     def values(self, steps):
         """Everything logged of these steps that does not depend on the clock or on float32 sums of the Trainer."""
-        exact = ("loss_", "eval_", "gradient_", "grad_norm", "learning_rate")
+        exact = ("loss_", "eval_", "gradient_", "grad_norm", "learning_rate", "on_policy_logit")
         return {
             (log["step"], name): value
             for log in self.logs

@@ -127,6 +127,45 @@ def test_features_of_cached_inner_layers(job):
     assert any("loss_feature_cosine" in point for point in curves)
 
 
+def test_a_student_writes_a_share_of_its_batches_and_the_control_reads(job):
+    objectives = "distill.objectives=[{kind: response, weight: 0.3}, {kind: logit, divergence: jsd, beta: 0.5}]"
+    changes = [objectives, "distill.signals={source: live}"]
+    plain = run(job, *changes, f"run.folder={job / 'plain'}", until="train")
+    on_policy = "distill.on_policy={share: 0.5, refresh: 2, max_new_tokens: 12}"
+    mixed = run(job, *changes, on_policy, f"run.folder={job / 'mixed'}", until="train")
+    again = run(job, *changes, on_policy, f"run.folder={job / 'again'}", until="train")
+    name = "models/{}/seed-0/model.safetensors"
+    control, student = (
+        [file_digest(f / name.format(arm)) for f in (plain, mixed, again)] for arm in ("control", "student")
+    )
+    assert control[0] == control[1]
+    assert student[0] != student[1] == student[2]
+    curves = json.loads((mixed / "models/student/seed-0/curves.json").read_text())
+    written = [point for point in curves if "on_policy_tokens" in point]
+    assert written
+    for point in written:
+        assert point["on_policy_logit_jsd"] > 0
+        assert 0 <= point["on_policy_ended"] <= 1 <= point["on_policy_length"] <= 12
+        assert 0 < point["on_policy_time"] < 1
+
+
+def test_check_says_what_a_student_will_write(job):
+    changes = ["distill.signals={source: live}", "distill.on_policy={share: 0.5, refresh: 3, max_new_tokens: 12}"]
+    said = [f for f in check(recipe_of(job, *changes)) if f.message.startswith("on-policy")]
+    assert [f.level for f in said] == ["ok"]
+    assert (
+        "writes 50% of its batches, about 15 answers of at most 12 tokens; they are at most 2 steps" in said[0].message
+    )
+    assert not [f for f in check(recipe_of(job)) if "on-policy" in f.message]
+    changes[1] = "distill.on_policy={share: 0.5, max_new_tokens: 510}"
+    [_, warned] = [f for f in check(recipe_of(job, *changes)) if f.message.startswith("on-policy")]
+    assert warned.level == "warn"
+    assert "the student reads 512; its answer is cut there" in warned.message
+    changes[1] = "distill.on_policy={share: 0.5, max_new_tokens: 1000000000000}"
+    [said] = [f for f in check(recipe_of(job, *changes)) if "a training step takes" in f.message]
+    assert said.level == "refuse"
+
+
 def test_a_killed_run_ends_as_an_undisturbed_one(job, tmp_path_factory):
     changes = ["train.epochs=3", "train.evaluations=6"]
     undisturbed = run(job, *changes, f"run.folder={job / 'calm'}", until="train")
@@ -263,6 +302,14 @@ def test_a_layer_that_does_not_exist_is_named_with_the_nearest(job):
             ["distill.objectives=[{kind: logit}, {kind: logit, temperature: 2.0}]"],
             "stored at one temperature",
         ),
+        (["distill.on_policy={share: 0.5}"], "set source: live"),
+        (["distill.on_policy={refresh: 2}"], "nothing is written at share 0"),
+        (["distill.on_policy={share: 0.5}", "teacher={model: 'openai:x', base_url: 'http://x/v1'}"], "set kind: top_k"),
+        (
+            ["distill.on_policy={share: 0.5}", "distill.objectives=[{kind: response}]"],
+            "every objective is of kind response",
+        ),
+        (["distill.on_policy={share: 1}"], "no recorded batch is left for the objective of kind response"),
         (["student.shrink={vocabulary: trim}"], "hold ids of the teacher's whole vocabulary"),
         (["student.model=gpt2"], "is not `hf:FOLDER`"),
         (["distill.objectives=[{kind: logits}]"], "distill.objectives"),

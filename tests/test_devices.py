@@ -30,6 +30,10 @@ PLAN = [
     Case("ddp-hidden", "ddp", source="hidden", steps=6),
     Case("one-module", source="module"),
     Case("ddp-module", "ddp", source="module"),
+    Case("ddp-written", "ddp", source="written"),
+    Case("ddp-written-on", "ddp", source="written", resume="ddp-written"),
+    Case("one-written-on", source="written", resume="ddp-written"),
+    Case("fsdp-written", "fsdp", source="written", steps=1),
     Case("one-from-ddp", resume="ddp"),
     Case("ddp-from-one", "ddp", resume="one"),
     Case("fsdp-one", "fsdp-one", steps=10),
@@ -91,6 +95,7 @@ def same_weights(found, wanted):
         ("ddp-module", "one-module", ALL),
         ("one-from-ddp", "one", LAST),
         ("ddp-from-one", "one", LAST),
+        ("ddp-written-on", "ddp-written", LAST),
         ("fsdp-from-fsdp-one", "one", LAST),
         ("fsdp-one-from-fsdp", "one", LAST),
     ],
@@ -142,6 +147,25 @@ def test_mixed_precision_does_not_round_what_is_logged(outcomes):
 def test_a_step_of_other_batches_is_refused(outcomes):
     assert "took 4 batches" in outcomes["other-steps"].error
     assert "set gradient_accumulation_steps to 4" in outcomes["other-steps"].error
+
+
+def test_each_process_writes_for_itself(outcomes):
+    one, other = (outcomes["ddp-written"].written(rank) for rank in (0, 1))
+    assert one
+    assert other
+    assert not [ids for ids in one if ids in other]
+    logs = [log for log in outcomes["ddp-written"].logs if "on_policy_tokens" in log]
+    # two of a step's four batches, of two processes
+    assert all(log["on_policy_length"] <= 6 for log in logs)
+    assert all(0 < log["on_policy_time"] < 1 for log in logs)
+
+
+def test_what_other_processes_wrote_is_not_guessed(outcomes):
+    assert "on_policy-0-of-1.safetensors is wanted" in outcomes["one-written-on"].error
+
+
+def test_sharded_students_do_not_write(outcomes):
+    assert "sharded: True" in outcomes["fsdp-written"].error
 
 
 def test_a_head_that_is_sharded_by_itself_is_refused(outcomes):

@@ -21,6 +21,7 @@ from attar.train.objectives import Logit, Response
 from attar.train.onpolicy import OnPolicyRows
 from attar.train.writing import Continuation, Sampling, as_examples, ends_of, learned_starts, write
 from divergences import by_torch
+from lm import make_model
 from training import VOCABULARY, Net, Stop, assert_same, causal, make, rows, weights
 
 END = 1
@@ -103,8 +104,11 @@ def alone(model, prompt, tokens):
     return tuple(ids[len(prompt) :])
 
 
-def test_prompts_of_any_length_go_on_together_as_each_does_alone():
-    model, rng = causal(), random.Random(0)
+@pytest.mark.parametrize("family", ["Llama", "GPT2"])
+def test_prompts_of_any_length_go_on_together_as_each_does_alone(family):
+    """With relative positions, and with absolute ones."""
+    model = make_model(family, vocab_size=VOCABULARY, num_hidden_layers=2).double()
+    rng = random.Random(0)
     prompts = [[rng.randrange(2, VOCABULARY) for _ in range(length)] for length in (1, 9, 3, 17, 2, 5)]
     found = write(model, head_of(model), prompts, sampling(temperature=1e-9, max_new_tokens=20), torch.Generator())
     assert [one.prompt for one in found] == [tuple(prompt) for prompt in prompts]

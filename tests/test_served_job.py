@@ -145,6 +145,27 @@ def test_a_student_learns_and_is_compared_as_from_the_same_teacher_here(job, tau
     assert not (folder / "evaluate/states").exists()
 
 
+def test_a_served_teacher_is_asked_about_what_the_student_wrote(job, taught):
+    with Vllm(taught) as server:
+        changes = ["distill.objectives=[{kind: logit, divergence: reverse_kl}]"]
+        recipe = recipe_of(job, taught, *changes, "distill.on_policy={share: 0.5, max_new_tokens: 9}", url=server.url)
+        pipeline.run(recipe, until="score")
+        recorded = len(server.prompts)
+        folder = pipeline.run(recipe, until="train")
+    curves = json.loads((folder / "models/student/seed-0/curves.json").read_text())
+    assert all(point["on_policy_logit_reverse_kl"] > 0 for point in curves if "on_policy_tokens" in point)
+    asked = server.prompts[recorded:]
+    tokenizer = AutoTokenizer.from_pretrained(taught)
+    [mark] = tokenizer.encode("<|im_start|>", add_special_tokens=False)
+    # what it wrote itself, with the recorded prompt before it and nothing after
+    known = [
+        tokenizer.apply_chat_template(c[:1], add_generation_prompt=True, return_dict=False) for c in conversations()
+    ]
+    written = [ids for ids in asked if ids.count(mark) >= 2 and len(ids) > 2]
+    assert len(written) > 5
+    assert all(any(ids[: len(k)] == k and len(k) < len(ids) <= len(k) + 9 for k in known) for ids in written)
+
+
 def test_a_server_that_dies_costs_a_shard_at_most(job, tiny_teacher, monkeypatch):
     monkeypatch.setattr("attar.signals.chat.SHARD", 8)
     # Longer than all patience: the first failure is the end.

@@ -300,13 +300,14 @@ class OnPolicyRows(TokenizedRows):
             ``on_policy_tokens``, that were written; ``on_policy_length``, of an answer, the mean; ``on_policy_ended``,
             the share that has an end; ``on_policy_unused``, answers that found no room in a batch;
             ``on_policy_time``, the share of the time that writing took, and asking the teacher where it is not live;
+            ``on_policy_tokens_per_s``, while it did;
             ``on_policy_<objective>``, the mean over written tokens. Empty where nothing was written or learned.
         """
         passed, tokens, answered, ended, unused, took, learned, *sums = counts.tolist()
         found: dict[str, float] = {}
         if answered:
             found |= {"tokens": tokens, "length": tokens / answered, "ended": ended / answered, "unused": unused}
-            found["time"] = took / passed
+            found |= {"time": took / passed, "tokens_per_s": tokens / took}
         if learned:
             measured = zip(self._running.names, sums, strict=True)
             found |= {name: total / learned for name, total in measured if not name.startswith("response")}
