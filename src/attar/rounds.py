@@ -24,8 +24,9 @@ from attar.errors import RunError
 from attar.progress import track
 from attar.recipe import AgentRecipe
 from attar.recipe.agent import Relabel
-from attar.train.chat import Course, counts_of, make_base, train_all
+from attar.train.chat import counts_of, make_base, train_all
 from attar.train.chat import train as train_once
+from attar.train.course import Course
 from attar.workspace import Run, write_json
 
 __all__ = ["train"]

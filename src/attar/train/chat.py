@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, T
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
-from attar.data.types import Conversation
 from attar.engines.heads import check_head, head_of
 from attar.engines.load import served, teacher_tokenizer
 from attar.engines.local import resolve_device
@@ -40,8 +38,9 @@ from attar.students.language import (
 )
 from attar.tokens import TokenizedExample
 from attar.tokens.pruning import FILE as PRUNED
-from attar.tokens.training import encode, pruned_prompt, run_conversations, run_file
+from attar.tokens.training import encode, pruned_prompt, run_conversations
 from attar.train.batches import Collator, TokenizedRows
+from attar.train.course import Course
 from attar.train.language_model import LanguageModel
 from attar.train.objectives import AnyObjective, Feature, Logit, Response
 from attar.train.onpolicy import OnPolicyRows
@@ -49,44 +48,10 @@ from attar.train.trainer import DistillationTrainer, last_checkpoint
 from attar.train.writing import Sampling, ends_of
 from attar.workspace import Run, replace_folder, write_json
 
-__all__ = ["Course", "counts_of", "fit", "make_base", "objectives_of", "train", "train_all"]
+__all__ = ["counts_of", "fit", "make_base", "objectives_of", "train", "train_all"]
 
 KEPT = "kept.json"
 """in a student's folder: the teacher's id of each of its tokens, where its vocabulary was trimmed"""
-
-
-@dataclass(frozen=True)
-class Course:
-    """One training: who learns what, from which weights on. Folders and files are those of the run."""
-
-    arm: str
-    """whose objectives are learned"""
-    seed: int
-    folder: tuple[str, ...]
-    """where the trained model goes"""
-    start: tuple[str, ...] = ("models", "base", "seed-0")
-    more: tuple[tuple[str, ...], ...] = ()
-    """files of conversations that are learned beside the split ``train``"""
-    epochs: float | None = None
-    """None: the recipe's"""
-
-    @property
-    def work(self) -> tuple[str, ...]:
-        """Folder of checkpoints."""
-        return ("work", *self.folder)
-
-    def conversations(self, recipe: ChatRecipe, run: Run) -> list[Conversation]:
-        """What is learned."""
-        found = run_conversations(recipe, run, "train")
-        for file in self.more:
-            found += run_file(recipe, run, run.path(*file))
-        return found
-
-    def tokens(self, recipe: ChatRecipe, run: Run) -> float:
-        """Tokens that are computed in this course, padding aside."""
-        tokenizer = AutoTokenizer.from_pretrained(run.path(*self.start))
-        examples, _ = encode(recipe, tokenizer, self.conversations(recipe, run))
-        return sum(map(len, examples)) * (self.epochs or recipe.train.epochs)
 
 
 def objectives_of(recipe: ChatRecipe, arm: str) -> list[AnyObjective]:
@@ -165,7 +130,7 @@ def make_base(recipe: ChatRecipe, run: Run) -> None:
 def _launch(recipe: ChatRecipe, run: Run, course: Course) -> None:
     """Train under ``accelerate launch``; this process keeps the run's lock and waits."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(recipe.train.accelerate)]
-    worker = ["-m", "attar.train.chat", str(run.path("recipe.resolved.yaml")), json.dumps(asdict(course))]
+    worker = ["-m", "attar.train.chat", str(run.path("recipe.resolved.yaml")), course.to_json()]
     done = subprocess.run([*command, *worker], check=False)
     if done.returncode:
         raise RunError(
@@ -393,19 +358,7 @@ def main() -> None:
     recipe = load_recipe(sys.argv[1])
     assert isinstance(recipe, ChatRecipe)
     run = Run(recipe.folder, Silent(), {"stages": {}, "begun": {}, "files": {}})
-    stated = json.loads(sys.argv[2])
-    fit(
-        recipe,
-        run,
-        Course(
-            arm=stated["arm"],
-            seed=stated["seed"],
-            folder=tuple(stated["folder"]),
-            start=tuple(stated["start"]),
-            more=tuple(map(tuple, stated["more"])),
-            epochs=stated["epochs"],
-        ),
-    )
+    fit(recipe, run, Course.from_json(sys.argv[2]))
 
 
 if __name__ == "__main__":
