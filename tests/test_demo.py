@@ -83,8 +83,16 @@ def test_init_of_a_language_model(tmp_path):
     findings = check(recipe)
     assert [f.level for f in findings] == ["refuse", "warn"]
     assert "conversations.jsonl is no file" in findings[0].message
-    with pytest.raises(UsageError, match="there is no such task; there are classify, chat"):
-        write_template(tmp_path / "other", "agent")
+    with pytest.raises(UsageError, match="there is no such task; there are classify, chat, agent"):
+        write_template(tmp_path / "other", "sing")
+
+
+def test_init_of_an_agent(tmp_path):
+    recipe = load_recipe(write_template(tmp_path / "job", "agent"))
+    assert recipe.task == "agent"
+    findings = check(recipe)
+    assert [f.message for f in findings if f.level == "ok"][0].startswith("environment office")
+    assert any("OPENAI_API_KEY" in f.message for f in findings if f.level == "refuse")
 
 
 @pytest.fixture

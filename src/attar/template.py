@@ -94,7 +94,52 @@ evaluate:
   ship_if: {retention: 0.90, speedup: 5, cost_ratio: 10}  # each on the lower end of its interval
 """
 
-TEMPLATES = {"classify": _CLASSIFY, "chat": _CHAT}
+_AGENT = """\
+# A recipe of attar: distil an agent, its reasoning and its tool calls, into a small one.
+# Paths count from this file. `attar check` tells what is missing, `attar check --headroom` whether there is anything to
+# gain; `attar run` does the work.
+name: my-agent
+task: agent
+
+environment:
+  use: office                     # the small world that comes along; bfcl; or your own, package.module:Class
+  # options: {seed: 0}            # of the class
+  steps: 12                       # answers of the agent in an episode, at most
+  answer_tokens: 256              # of one answer, its reasoning included
+# data: {train: episodes.jsonl}   # episodes that were recorded or imported, in place of the teacher's own
+
+teacher:
+  model: openai:YOUR-MODEL        # anything that answers with tools: an API, a server (base_url), hf:FOLDER, your own class
+  max_tokens: 1024
+  # base_url: http://127.0.0.1:8000/v1
+  # price: {input_usd_per_million_tokens: 1.0, output_usd_per_million_tokens: 4.0}
+# budget: {usd: 20}
+
+student:
+  model: hf:PATH-OF-A-SMALL-MODEL # instruction-tuned; a template without tools gets one
+
+collect:
+  rollout: {tasks: 500}           # of the environment's split `train`, that the teacher plays
+
+curate:
+  failed_calls: unlearn           # calls that failed and were mended: keep | unlearn | drop
+  # reasoning: {policy: shorten}  # keep | strip | shorten: small students learn worse from long chains
+
+distill:
+  objectives:
+    - {kind: response}            # behaviour cloning; logit too where the teacher shows its probabilities
+  # prune: true                   # train system prompt and tools into the student, and cut them from its prompt
+  # relabel: {rounds: 1, tasks: 100}  # the student acts, the teacher says what it would have done
+
+train: {epochs: 2, tokens_per_batch: 4096, learning_rate: 1.0e-4}
+
+evaluate:
+  splits: [test]                  # of the environment; the first decides
+  ship_if: {retention: 0.90, speedup: 5, cost_ratio: 10}  # each on the lower end of its interval
+"""
+
+
+TEMPLATES = {"classify": _CLASSIFY, "chat": _CHAT, "agent": _AGENT}
 
 
 def write_template(folder: Path, task: str = "classify") -> Path:
