@@ -91,7 +91,7 @@ def test_init_of_an_agent(tmp_path):
     recipe = load_recipe(write_template(tmp_path / "job", "agent"))
     assert recipe.task == "agent"
     findings = check(recipe)
-    assert [f.message for f in findings if f.level == "ok"][0].startswith("environment office")
+    assert next(f.message for f in findings if f.level == "ok").startswith("environment office")
     assert any("OPENAI_API_KEY" in f.message for f in findings if f.level == "refuse")
 
 

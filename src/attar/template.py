@@ -109,7 +109,7 @@ environment:
 # data: {train: episodes.jsonl}   # episodes that were recorded or imported, in place of the teacher's own
 
 teacher:
-  model: openai:YOUR-MODEL        # anything that answers with tools: an API, a server (base_url), hf:FOLDER, your own class
+  model: openai:YOUR-MODEL        # anything that answers with tools: an API, a server (base_url), hf:FOLDER
   max_tokens: 1024
   # base_url: http://127.0.0.1:8000/v1
   # price: {input_usd_per_million_tokens: 1.0, output_usd_per_million_tokens: 4.0}
