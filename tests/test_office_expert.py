@@ -9,6 +9,7 @@ import pytest
 
 from attar.agents.office import Office, OfficeExpert
 from attar.agents.office.generate import SPLITS
+from attar.agents.office.phrases import read_request
 from attar.agents.office.pools import SLOTS
 from attar.data.types import Message, ToolCall
 from attar.engines.base import Answer, ChatEngine, ChatRequest, Failure
@@ -163,3 +164,54 @@ def test_a_tool_that_goes_on_failing_is_given_up():
         turn = answer_calls(OFFICE, expert(messages))
         messages += [turn[0], replace(turn[1], content="add_task: the server is gone")]
     assert expert(messages).content == "CANNOT: add_task fails."
+
+
+def put_right(task, *calls):
+    """What the script does after another agent's calls, and the outcome."""
+    messages = begin(OFFICE, task)
+    for call in calls:
+        messages += answer_calls(OFFICE, saying(call)(messages))
+    messages, outcome = go_on(OFFICE, messages, expert)
+    assert outcome.success, outcome
+    return [(call.name, call.arguments) for call in called(messages)[len(calls) :]]
+
+
+def test_an_hour_that_another_agent_has_cleared_counts_as_taken():
+    task = first("book", "taken")
+    [(title, when)] = [event.split(" on ") for event in read_request(task.data["request"])[1]["events"]]
+    [blocker] = [event for event in task.data["start"]["events"] if event["when"] == when]
+    wrong = ("cancel_event", {"id": blocker["id"]}), ("create_event", {"title": title, "when": when})
+    assert put_right(task, *wrong) == [
+        ("cancel_event", {"id": "e21"}),
+        ("create_event", {"title": blocker["title"], "when": when}),
+        ("create_event", {"title": title, "when": when}),
+    ]
+
+
+def test_what_was_rightly_done_is_taken_back_where_the_wish_turns_out_impossible():
+    task = first("meet", calls=3)
+    start = task.data["start"]
+    dead = [contact["email"] for contact in start["contacts"]]
+    mails = [mail for mail in start["mails"] if mail["address"] not in dead]
+    start = start | {"mails": mails}
+    lost = replace(task, data=task.data | {"start": start, "goal": start, "dead": dead, "answer": "CANNOT"})
+    done = put_right(lost)
+    assert [name for name, _ in done] == [
+        "find_contact",
+        "create_event",
+        "send_mail",
+        "search_mail",
+        "cancel_event",
+    ]
+
+
+def test_events_that_stand_in_each_others_hours_go_back_in_an_order_that_works():
+    task = first("todo", calls=1)
+    one, two = task.data["start"]["events"][:2]
+    free = next(slot for slot in SLOTS if all(event["when"] != slot for event in task.data["start"]["events"]))
+    wrong = ("move_event", {"id": one["id"], "when": free}), ("move_event", {"id": two["id"], "when": one["when"]})
+    done = put_right(task, *wrong)
+    assert done[:2] == [
+        ("move_event", {"id": two["id"], "when": two["when"]}),
+        ("move_event", {"id": one["id"], "when": one["when"]}),
+    ]

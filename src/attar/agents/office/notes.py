@@ -90,10 +90,10 @@ class Notes:
         """Do something, once. Empty where it is done or about to be, else what there is against it."""
         if "id" in arguments:
             arguments["id"] = self._ledger.now(arguments["id"])
-        if self._done(tool, arguments):
-            return ""
         if "when" in arguments and self._ledger.freed(arguments["when"]):
             return f"{arguments['when']} is taken"
+        if self._done(tool, arguments):
+            return ""
         key = _key(tool, arguments)
         if key in self._refused:
             return self._refused[key]
