@@ -314,6 +314,9 @@ class Clock:
     def call(self, tool, arguments):
         return f"{tool} {self.begun}"
 
+    def close(self):
+        self.begun = None
+
 
 def test_an_environment_of_functions_and_other_sources():
     clock = Clock()
@@ -325,6 +328,9 @@ def test_an_environment_of_functions_and_other_sources():
     assert environment.call("add", {"a": 1, "b": 1}) == 2
     with pytest.raises(ToolError, match="there is no tool 'sub'; there are: add, later"):
         environment.call("sub", {})
+    environment.close()
+    assert clock.begun is None
+    clock.begun = 0
     with pytest.raises(BadTools, match="functions: two tools are named 'later'"):
         FunctionEnvironment([add, clock, later], TASKS, check).start(TASKS["train"][0])
 
@@ -332,7 +338,6 @@ def test_an_environment_of_functions_and_other_sources():
 @pytest.mark.parametrize(
     ("tasks", "why"),
     [
-        ({"tests": []}, "there is no split 'tests'; wanted one of train, val, calibration, test"),
         ({"train": TASKS["train"], "test": TASKS["train"]}, "two tasks have the id '1'"),
         ({"train": [Task("3", "sums", "What is 1 + 2?")]}, "task '3': data is 'What is 1 . 2.'; wanted"),
     ],

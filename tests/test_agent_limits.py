@@ -34,6 +34,7 @@ class Meeting(pydantic.BaseModel):
         ({"b": [1, 2.5], "a": "é"}, '{"b": [1, 2.5], "a": "é"}'),
         ((1, "x"), '[1, "x"]'),
         ({3, 1, 2}, "[1, 2, 3]"),
+        (set("gfedcba"), json.dumps(list("abcdefg"))),
         (Mail("Ada", {"b", "a"}), '{"to": "Ada", "tags": ["a", "b"]}'),
         (
             Meeting(day=datetime.date(2026, 1, 2), people={"z", "a"}),
@@ -198,6 +199,11 @@ CIRCLE["properties"]["a"] = CIRCLE
         (of(day={"type": "string", "enum": [1, 2]}), r"none of \[1, 2\] fits the rest of it"),
         (of(day={"type": "string", "const": None}), "none of"),
         (of(day={"not": {}}), "it excludes everything"),
+        # The first part that nothing fits is not what is wrong.
+        (
+            of(a={"anyOf": [{"not": {}}, {"type": "null"}]}, b={"type": "integer", "minimum": 5, "maximum": 3}),
+            r"no arguments fit its schema: parameters\.properties\.b: ",
+        ),
         (of(day=False), "day: it is false"),
         (of(day={"allOf": [{"type": "string"}, {"type": "integer"}]}), "its parts allow no type in common"),
         (of(day={"type": "string", "anyOf": [{"type": "null"}, {"type": "array"}]}), "no type in common"),

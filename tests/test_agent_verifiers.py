@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from attar.agents.environments import Environment, ToolError
+from attar.agents.environments import Environment, Task, ToolError
 from attar.agents.limits import EnvironmentLost
 from attar.data.episodes import Outcome
 from attar.data.types import Message, ToolCall
@@ -43,6 +43,11 @@ def test_a_taskset_is_played_and_judged_by_its_own_rewards():
         train, test = environment.tasks("train"), environment.tasks("test")
         assert (len(train), len(test), len({task.id for task in (*train, *test)})) == (3, 3, 6)
         assert environment.tasks("val") == ()
+        # An instance plays what another has listed.
+        environment.close()
+        environment = VerifiersEnvironment("sums_taskset", splits={}, timeout_s=300)
+        with pytest.raises(UsageError, match="task 1 is not 0"):
+            environment.start(Task("0", "sums", 1))
         beginning = environment.start(train[1])
         assert beginning.messages == (Message("system", "Be brief."), Message("user", "What is 1 + 2?"))
         with pytest.raises(ToolError, match="there is no tool 'sub'; there are: adder_add, adder_sums"):
@@ -81,7 +86,6 @@ def test_options_reach_the_taskset():
     [
         ("no_such_taskset", {}, {"test": (0, 1)}, "'no_such_taskset' cannot be loaded"),
         ("textarena", {}, {"test": (0, 1)}, "its own TextArenaEnv|cannot be loaded"),
-        ("sums_taskset", {}, {"tests": (0, 1)}, "there is no split 'tests'"),
         ("sums_taskset", {}, {"test": (2, 2)}, "'test' is tasks 2 to 2"),
         ("sums_taskset", {}, {"train": (0, 3), "test": (2, 4)}, "'test' and 'train' share tasks"),
         ("sums_taskset", {}, {"test": (4, 9)}, "tasks 4 to 9, but the taskset ends after 6"),

@@ -25,13 +25,11 @@ from attar.data.schemas import BadTools, check_tools
 from attar.data.types import Message
 from attar.errors import UsageError
 
-__all__ = ["SPLITS", "Call", "FunctionEnvironment", "Functions", "Tools", "unknown_tool"]
-
-SPLITS = ("train", "val", "calibration", "test")
+__all__ = ["Call", "FunctionEnvironment", "Functions", "Tools", "unknown_tool"]
 
 
 class Tools(Protocol):
-    """A source of tools: ``Functions``, an MCP server, or one's own."""
+    """A source of tools: ``Functions``, an MCP server, or one's own; with ``close``, if it holds something."""
 
     @property
     def schemas(self) -> tuple[dict[str, Any], ...]:
@@ -126,7 +124,7 @@ class FunctionEnvironment:
 
     Raises:
         BadTools: a function is no tool.
-        UsageError: a split or a task cannot be used; says which.
+        UsageError: a task cannot be used; says which.
     """
 
     def __init__(
@@ -149,9 +147,7 @@ class FunctionEnvironment:
         self._task: Task | None = None
         self._calls: list[Call] = []
         seen: set[str] = set()
-        for split, rows in self._tasks.items():
-            if split not in SPLITS:
-                raise UsageError(f"{name}: there is no split {split!r}; wanted one of {', '.join(SPLITS)}")
+        for rows in self._tasks.values():
             for task in rows:
                 if task.id in seen:
                     raise UsageError(f"{name}: two tasks have the id {task.id!r}; an id is unique in its environment")
@@ -199,6 +195,13 @@ class FunctionEnvironment:
         if not isinstance(outcome, Outcome):
             raise UsageError(f"{self.name}: the check returned {outcome!r}; wanted attar.data.episodes.Outcome")
         return outcome
+
+    def close(self) -> None:
+        """Let go of what the sources hold."""
+        for source in self._sources:
+            close = getattr(source, "close", None)
+            if close is not None:
+                close()
 
     def _source(self, tool: str) -> Tools:
         offered: list[str] = []

@@ -14,7 +14,7 @@ from typing import Any
 
 from attar.agents.background import Background, Held
 from attar.agents.environments import Beginning, Task
-from attar.agents.functions import SPLITS, unknown_tool
+from attar.agents.functions import unknown_tool
 from attar.agents.limits import EnvironmentLost
 from attar.agents.mcp import McpServer
 from attar.data.episodes import Outcome
@@ -81,7 +81,6 @@ class VerifiersEnvironment:
         self._id, self._splits, self._success, self._timeout_s = taskset, dict(splits), success, timeout_s
         self._ignore_stops = ignore_stops
         self._loaded: dict[str, tuple[Task, ...]] = {}
-        self._tasks: dict[str, Any] = {}
         self._background = Background(f"verifiers {taskset}")
         self._shared: Held[dict[str, Any]] | None = None
         self._rollout: Held[_Rollout] | None = None
@@ -105,7 +104,6 @@ class VerifiersEnvironment:
                 )
             for task in found:
                 self._check(task)
-                self._tasks[task.key] = task
             self._loaded[split] = tuple(Task(task.key, self._id, task.data.idx) for task in found)
         return self._loaded[split]
 
@@ -113,13 +111,14 @@ class VerifiersEnvironment:
         """Prepare a task, and start its tool servers.
 
         Raises:
+            UsageError: it is no task of this taskset.
             EnvironmentLost: the task's own preparation failed, or a server did not start.
         """
         self._end()
         if self._shared is None:
             shared = self._vf.mcp.serve_shared(type(self._taskset).toolsets(self._taskset.config))
             self._shared = self._enter(shared, "start of the shared tool servers")
-        self._rollout = self._enter(self._play(self._tasks[task.id]), f"start of task {task.id}")
+        self._rollout = self._enter(self._play(self._found(task)), f"start of task {task.id}")
         self._servers = [
             McpServer(url, prefix=f"{name}_" if name else "", keep=True, timeout_s=self._timeout_s)
             for name, url in self._rollout.value.urls.items()
@@ -181,6 +180,14 @@ class VerifiersEnvironment:
         if self._rollout is not None:
             rollout, self._rollout = self._rollout, None
             rollout.leave()
+
+    def _found(self, task: Task) -> Any:
+        # The tasks may have been listed by another instance.
+        found = next(iter(self._taskset.include(idx=[f"{task.data}:{task.data + 1}"])), None)
+        if found is None or found.key != task.id:
+            raise UsageError(f"{self.name}: task {task.data} is not {task.id}; the taskset or its options have changed")
+        self._check(found)
+        return found
 
     def _enter(self, context: contextlib.AbstractAsyncContextManager[Any], step: str) -> Held[Any]:
         try:
@@ -334,8 +341,6 @@ def _lowest(rewards: Mapping[str, Any]) -> str:
 def _check_splits(splits: Mapping[str, tuple[int, int]]) -> None:
     taken: list[tuple[int, int, str]] = []
     for split, (first, end) in splits.items():
-        if split not in SPLITS:
-            raise UsageError(f"splits: there is no split {split!r}; wanted one of {', '.join(SPLITS)}")
         if not 0 <= first < end:
             raise UsageError(f"splits: {split!r} is tasks {first} to {end}; wanted a first one and one after the last")
         for start, stop, other in taken:
