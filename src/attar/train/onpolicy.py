@@ -284,7 +284,7 @@ class OnPolicyRows(TokenizedRows):
         """Take note of a micro-batch's values [objectives], each a sum over its denominator."""
         if WRITTEN in batch:
             self._counts[5] += float(batch[SUPERVISED][:, 1:].sum())
-            self._counts[6:] += (values.double() * denominators.clamp(min=1)).cpu()
+            self._counts[6:] += (values.double() * denominators).cpu()
 
     def counted(self) -> Tensor:
         """All counts of this process since the last call, and the seconds; to be summed over processes."""
