@@ -10,9 +10,8 @@ import pytest
 from attar.agents.environments import Environment, Task, ToolError
 from attar.agents.functions import Call, FunctionEnvironment, Functions
 from attar.data.episodes import Outcome
-from attar.data.schemas import BadTools
 from attar.data.types import Message
-from attar.errors import UsageError
+from attar.errors import BadTools, UsageError
 
 
 class Room(pydantic.BaseModel):

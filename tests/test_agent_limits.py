@@ -7,8 +7,8 @@ import pydantic
 import pytest
 
 from attar.agents.limits import write_result
-from attar.data.schemas import BadTools, check_tools
-from attar.errors import AttarError
+from attar.data.schemas import check_tools
+from attar.errors import AttarError, BadTools
 
 # results as text
 

@@ -12,10 +12,9 @@ import pytest
 
 from attar.agents.environments import Task, ToolError
 from attar.agents.functions import FunctionEnvironment
-from attar.agents.limits import EnvironmentLost
 from attar.agents.mcp import McpServer
 from attar.data.episodes import Outcome
-from attar.errors import MissingExtra, UsageError
+from attar.errors import EnvironmentLost, MissingExtra, UsageError
 
 SERVER = [sys.executable, str(Path(__file__).with_name("mcpserver.py"))]
 

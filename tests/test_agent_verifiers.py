@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 
 from attar.agents.environments import Environment, Task, ToolError
-from attar.agents.limits import EnvironmentLost
 from attar.data.episodes import Outcome
 from attar.data.types import Message, ToolCall
-from attar.errors import UsageError
+from attar.errors import EnvironmentLost, UsageError
 
 pytest.importorskip("verifiers.v1")
 

@@ -7,11 +7,11 @@ import pytest
 from agents import HANGING, Counter, call, counting
 from attar.agents.environments import Task
 from attar.agents.episodes import Asking, Limits, Try, play, seed_of
-from attar.agents.limits import EnvironmentLost
 from attar.data.episodes import Episode
 from attar.data.types import Message, ToolCall
 from attar.engines.base import Answer, Failure
 from attar.engines.scripted import ScriptedChat
+from attar.errors import EnvironmentLost
 
 WORK = Task("t", "f", {"goal": 3})
 

@@ -4,6 +4,7 @@ AttarError
 ├── UsageError            the recipe or the call is wrong (exit code 2)
 │   ├── RecipeError           a key, a value or a combination in the recipe
 │   ├── DataError             a file of the user's: missing, empty, malformed, mislabelled
+│   │   └── BadTools              tools that no agent could be offered
 │   ├── ModelError            a path or name that is no model
 │   ├── MissingExtra          an optional dependency that this feature needs
 │   └── CapabilityError       an engine cannot give what an objective needs
@@ -13,6 +14,7 @@ AttarError
 ├── RunError              the run itself failed (exit code 1)
 │   ├── WorkspaceError        the run folder: locked, foreign, damaged
 │   ├── NoSpaceError          the disk is full
+│   ├── EnvironmentLost       an environment plays no more: a call did not come back, or its server is gone
 │   └── TrainingError         a loss that is not a number
 └── Interrupted           Ctrl-C (exit code 130); the run can be resumed
 """
@@ -24,9 +26,11 @@ from types import ModuleType
 
 __all__ = [
     "AttarError",
+    "BadTools",
     "BudgetExceeded",
     "CapabilityError",
     "DataError",
+    "EnvironmentLost",
     "Interrupted",
     "MissingExtra",
     "ModelError",
@@ -60,6 +64,10 @@ class RecipeError(UsageError):
 
 class DataError(UsageError):
     """A data file that is missing, empty, malformed or mislabelled."""
+
+
+class BadTools(DataError):
+    """Tools that no agent could be offered."""
 
 
 class ModelError(UsageError):
@@ -100,6 +108,10 @@ class WorkspaceError(RunError):
 
 class NoSpaceError(RunError):
     """The disk is full."""
+
+
+class EnvironmentLost(RunError):
+    """An instance of an environment that plays no more: a call of it did not come back, or its server is gone."""
 
 
 class TrainingError(RunError):

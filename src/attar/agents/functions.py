@@ -21,9 +21,9 @@ import pydantic.json_schema
 from attar.agents.background import Background
 from attar.agents.environments import Beginning, Task, ToolError
 from attar.data.episodes import Outcome
-from attar.data.schemas import BadTools, check_tools
+from attar.data.schemas import check_tools
 from attar.data.types import Message
-from attar.errors import UsageError
+from attar.errors import BadTools, UsageError
 
 __all__ = ["Call", "FunctionEnvironment", "Functions", "Tools", "unknown_tool"]
 

@@ -10,13 +10,7 @@ from typing import Any, NamedTuple
 import pydantic
 import pydantic_core
 
-from attar.errors import RunError
-
-__all__ = ["EnvironmentLost", "Written", "write_result"]
-
-
-class EnvironmentLost(RunError):
-    """An instance of an environment that plays no more: a call of it did not come back, or its server is gone."""
+__all__ = ["Written", "write_result"]
 
 
 class Written(NamedTuple):

@@ -16,9 +16,8 @@ from urllib.parse import urlsplit
 from attar.agents.background import Background, Held
 from attar.agents.environments import ToolError
 from attar.agents.functions import unknown_tool
-from attar.agents.limits import EnvironmentLost
-from attar.data.schemas import BadTools, check_tools
-from attar.errors import UsageError, require
+from attar.data.schemas import check_tools
+from attar.errors import BadTools, EnvironmentLost, UsageError, require
 
 if TYPE_CHECKING:
     from mcp import Client

@@ -15,13 +15,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from attar.agents.environments import Conversing, Environment, Task, ToolError
-from attar.agents.limits import EnvironmentLost, write_result
+from attar.agents.limits import write_result
 from attar.agents.seats import Hung
 from attar.data.episodes import Episode, Outcome, Step, Stopped
 from attar.data.schemas import check_tools
 from attar.data.tools import CallChecker
 from attar.data.types import Message, ToolCall
 from attar.engines.base import Answer, ChatRequest, Failure
+from attar.errors import EnvironmentLost
 
 __all__ = ["Answered", "Ask", "Asking", "Do", "Limits", "Plan", "Rules", "Try", "plan_episode", "seed_of"]
 

@@ -15,12 +15,11 @@ from typing import Any
 from attar.agents.background import Background, Held
 from attar.agents.environments import Beginning, Task
 from attar.agents.functions import unknown_tool
-from attar.agents.limits import EnvironmentLost
 from attar.agents.mcp import McpServer
 from attar.data.episodes import Outcome
 from attar.data.schemas import check_tools
 from attar.data.types import Message
-from attar.errors import RunError, UsageError, require
+from attar.errors import EnvironmentLost, RunError, UsageError, require
 
 __all__ = ["VerifiersEnvironment"]
 

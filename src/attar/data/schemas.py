@@ -14,9 +14,9 @@ import referencing
 import referencing.exceptions
 import referencing.jsonschema
 
-from attar.errors import DataError
+from attar.errors import BadTools
 
-__all__ = ["BadTools", "check_tools", "impossible"]
+__all__ = ["check_tools", "impossible"]
 
 # JSON Schema's types, with numbers parted into integers and the rest, so that bounds can be compared for both.
 _ATOMS = {
@@ -31,10 +31,6 @@ _ATOMS = {
 _ALL = frozenset[str]().union(*_ATOMS.values())
 
 _Resolver = Any
-
-
-class BadTools(DataError):
-    """Tools that no agent could be offered."""
 
 
 def check_tools(tools: Sequence[Any], owner: str) -> None:
