@@ -215,3 +215,15 @@ def test_events_that_stand_in_each_others_hours_go_back_in_an_order_that_works()
         ("move_event", {"id": two["id"], "when": two["when"]}),
         ("move_event", {"id": one["id"], "when": one["when"]}),
     ]
+
+
+def test_what_was_cancelled_and_booked_again_is_the_same_event():
+    task = first("move")
+    wish = read_request(task.data["request"])[1]
+    [event] = [event for event in task.data["start"]["events"] if event["title"] == wish["title"]]
+    wrong = (
+        ("find_events", {"text": event["title"]}),
+        ("cancel_event", {"id": event["id"]}),
+        ("create_event", {"title": event["title"], "when": event["when"]}),
+    )
+    assert put_right(task, *wrong) == [("move_event", {"id": "e21", "when": wish["when"]})]
