@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attar.cluster.shards import Shards, stage_shards
+from attar.cluster.shards import stage_shards
 from attar.collect.card import Card, write_card
 from attar.collect.comparing import Comparison
 from attar.collect.origin import counted, models, require_acknowledged
@@ -55,14 +55,7 @@ def curate(recipe: AnyRecipe, run: Run) -> dict[str, Any]:
         PreflightRefused: a test case stands in what is trained on, and the recipe wants a refusal; or rows name a model
             whose terms restrict training on its answers, and the recipe does not acknowledge that.
     """
-    folder = run.path("data")
-    shards = None
-    if recipe.run.on == "ray":
-        shards = stage_shards(recipe, "curate", folder, reading_fingerprint(recipe))
-    counts = _curated(recipe, folder, run.progress, shards)
-    if shards is not None:
-        shards.remove()
-    return counts
+    return _curated(recipe, run.path("data"), run.progress, spread=recipe.run.on == "ray")
 
 
 @contextmanager
@@ -92,7 +85,7 @@ def _sizes(recipe: AnyRecipe, files: dict[str, Path]) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if name not in files and size}
 
 
-def _curated(recipe: AnyRecipe, folder: Path, progress: Progress, shards: Shards | None = None) -> dict[str, Any]:
+def _curated(recipe: AnyRecipe, folder: Path, progress: Progress, *, spread: bool = False) -> dict[str, Any]:
     parts = folder / ("parts" + TEMPORARY_SUFFIX)
     shutil.rmtree(parts, ignore_errors=True)
     parts.mkdir(parents=True)
@@ -102,10 +95,14 @@ def _curated(recipe: AnyRecipe, folder: Path, progress: Progress, shards: Shards
         workers = 0 if size < _ALONE else recipe.run.threads or os.cpu_count() or 1
         with ExitStack() as stack:
             each = stack.enter_context(ordered((Context, (recipe, parts)), workers))
-            reading = _reading_here(each)
-            if workers and shards is not None:
+            reading, shards = _reading_here(each), None
+            if workers and spread:
+                shards = stage_shards(recipe, "curate", folder, reading_fingerprint(recipe))
                 reading = stack.enter_context(spread_reading(recipe, parts, shards))
-            return _passes(recipe, folder, parts, files, reading, each, progress)
+            counts = _passes(recipe, folder, parts, files, reading, each, progress)
+            if shards is not None:
+                shards.remove()
+            return counts
     finally:
         shutil.rmtree(parts, ignore_errors=True)
         # Where nothing was written, nothing is left.
