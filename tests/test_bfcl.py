@@ -14,6 +14,7 @@ from attar.agents.bfcl.references import reference_calls
 from attar.agents.bfcl.single import NO_CALL
 from attar.agents.bfcl.splits import SHARES, by_function_and_request, groups, splits
 from attar.agents.environments import Bounded, Environment, Task
+from attar.agents.schemas import check_tools
 from attar.data.types import Message, ToolCall
 from attar.errors import MissingExtra
 
@@ -24,11 +25,11 @@ ALL = (*PYTHON, *LIVE)
 # Official answers that break the official schema of their function, so that a grammar made of it cannot write them: a
 # value that is no member of the enumeration, another type than the stated one, null.
 MISFITS = {
-    "parallel_multiple_21", "parallel_multiple_94", "live_simple_71-35-0", "live_multiple_87-38-4",
-    "live_multiple_152-58-6", "live_multiple_552-153-1", "live_multiple_595-158-1", "live_multiple_596-158-2",
-    "live_multiple_731-167-2", "live_multiple_733-167-4", "live_multiple_735-167-6", "live_multiple_750-169-5",
-    "live_multiple_756-169-11", "live_multiple_835-178-10", "live_multiple_871-182-8", "live_multiple_947-197-0",
-    "live_multiple_1038-265-0", "live_multiple_1041-268-0", "live_parallel_multiple_2-2-0",
+    "parallel_multiple_21", "parallel_multiple_94", "live_multiple_87-38-4", "live_multiple_552-153-1",
+    "live_multiple_595-158-1", "live_multiple_596-158-2", "live_multiple_731-167-2", "live_multiple_733-167-4",
+    "live_multiple_735-167-6", "live_multiple_750-169-5", "live_multiple_756-169-11", "live_multiple_835-178-10",
+    "live_multiple_871-182-8", "live_multiple_947-197-0", "live_multiple_1038-265-0", "live_multiple_1041-268-0",
+    "live_parallel_multiple_2-2-0",
 }  # fmt: skip
 
 
@@ -210,6 +211,29 @@ def test_schemas_say_what_the_official_descriptions_say():
         },
     }
     assert function["name"] == "a.b"
+
+
+def test_members_that_nothing_can_be_are_read_as_what_is_wanted():
+    properties = {
+        "n": {"type": "integer", "description": "", "enum": ["1", "2", "dontcare"]},
+        "x": {"type": "float", "description": "", "enum": ["0.5", 2]},
+        "b": {"type": "boolean", "description": "", "enum": ["True", "false", "dontcare"]},
+        "many": {"type": "array", "description": "", "items": {"type": "string"}, "enum": ["a", "b"]},
+        "none": {"type": "integer", "description": "", "enum": ["Group A"]},
+        "text": {"type": "string", "description": "", "enum": ["1", "dontcare"]},
+    }
+    function = {
+        "name": "f",
+        "description": "",
+        "parameters": {"type": "dict", "properties": properties, "required": []},
+    }
+    [tool] = tools([function])
+    check_tools([tool], "here")
+    found = tool["function"]["parameters"]["properties"]
+    assert {name: found[name].get("enum") for name in found} == {
+        "n": [1, 2], "x": [0.5, 2], "b": [True, False], "many": None, "none": None, "text": ["1", "dontcare"],
+    }  # fmt: skip
+    assert found["many"]["items"] == {"type": "string", "enum": ["a", "b"]}
 
 
 def test_official_answers_fit_the_schemas_but_for_those_that_are_known():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,8 +110,8 @@ def tools(functions: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
 
     Types become JSON's ("dict" an object, "tuple" an array, "any" a string, as the official handlers have it), dots in
     names underscores, and what a function returns a part of its description. The converter leaves types that stand
-    deeper than two levels and keywords of no schema; both are mended here. Each function is converted once: the schemas
-    are shared, not to be changed.
+    deeper than two levels, keywords of no schema, and enumerations that nothing can be a member of (texts where a
+    number is wanted); all are mended here. Each function is converted once: the schemas are shared, not to be changed.
     """
     return tuple(_tool(json.dumps(function)) for function in functions)
 
@@ -131,4 +132,26 @@ def _schema(described: dict[str, Any], types: dict[str, str]) -> dict[str, Any]:
         schema["properties"] = {name: _schema(inner, types) for name, inner in schema["properties"].items()}
     if "items" in schema:
         schema["items"] = _schema(schema["items"], types)
+    if "enum" in schema and schema.get("type", "string") != "string":
+        members = schema.pop("enum")
+        # Of a list, it is what the items may be; of a number or a truth value, its members are often written as text.
+        holder = schema.get("items", {}) if schema["type"] == "array" else schema
+        readable = [_READ[holder["type"]](member) for member in members] if holder.get("type") in _READ else []
+        if fitting := [member for member in readable if member is not None]:
+            holder["enum"] = fitting
     return schema
+
+
+def _number(member: Any) -> float | None:
+    with contextlib.suppress(ValueError):
+        number = float(member)
+        return int(number) if number.is_integer() else number
+    return None
+
+
+_READ: dict[str, Callable[[Any], Any]] = {
+    "string": lambda member: member if isinstance(member, str) else None,
+    "integer": _number,
+    "number": _number,
+    "boolean": lambda member: {"true": True, "false": False}.get(str(member).lower()),
+}
