@@ -230,6 +230,53 @@ def test_sources_and_classes_are_capped_by_a_sample_of_their_rows(tmp_path):
     assert counts["dropped"] == {"class cap (pool)": 14}
 
 
+def test_sources_and_times_are_found_where_imports_keep_them(tmp_path):
+    days = [f"2026-01-{day:02}T00:00:00Z" for day in range(1, 31)]
+    rows = talks(30)
+    for n, row in enumerate(rows):
+        row["meta"] = {"source": "a.jsonl" if n < 25 else "b.jsonl", "timestamp": days[n], "user": f"u{n % 15}"}
+    split = {"by": "time", "time_key": "timestamp"}
+    counts, folder = curated(chat(tmp_path, rows, balance={"per_source": 20}, split=split))
+    assert counts["dropped"] == {"source cap (train)": 5}
+    newest = {parse_conversation(row).id for row in rows[28:]}
+    assert {row["id"] for row in rows_of(folder / "test.jsonl")} == newest
+    _, folder = curated(chat(tmp_path, rows, split={"by": "group", "group_key": "user"}))
+    sides = {n: {row["group"] for row in rows_of(folder / f"{n}.jsonl")} for n in ("train", "val", "test")}
+    assert sum(map(len, sides.values())) == 15
+
+
+def test_a_model_that_rows_name_reaches_the_terms_and_the_card(tmp_path):
+    rows = talks(40)
+    for n, row in enumerate(rows):
+        row["meta"] = {"source": "log.jsonl", "model": "gpt-4o-2024-08-06" if n < 30 else "qwen3-8b"}
+    recipe = chat(tmp_path, rows)
+    with pytest.raises(PreflightRefused, match=r"terms: .*\d\d of gpt-4o-2024-08-06 \(OpenAI API.*teacher.terms: ack"):
+        curated(recipe)
+    teacher = recipe.teacher.model_copy(update={"terms": "acknowledged"})
+    counts, folder = curated(recipe.model_copy(update={"teacher": teacher}))
+    learned = counts["train"] + counts["val"]
+    assert list(counts["models"]) == ["gpt-4o-2024-08-06", "qwen3-8b"]
+    assert sum(counts["models"].values()) == learned
+    text = (folder / "README.md").read_text()
+    assert f"| `gpt-4o-2024-08-06` | {counts['models']['gpt-4o-2024-08-06']} | restricted | OpenAI API" in text
+    assert f"| log.jsonl | {learned} |" in text
+    # Cases that a student is only tested on are no training; what is dropped is none either.
+    for row in rows:
+        row["meta"] = {"model": "m"}
+    rows[0]["meta"] = {"model": "openai:gpt-4o", "finish_reason": "length"}
+    counts, folder = curated(chat(tmp_path, rows, test=[talk("x", "y", model="claude-3"), talk("z", "w")]))
+    assert counts["models"] == {"m": counts["train"] + counts["val"]}
+    assert "claude" not in (folder / "README.md").read_text()
+
+
+def test_a_column_that_is_called_model_is_none_of_ours_in_requests(tmp_path):
+    pool = [{"text": f"number {n}", "model": "claude-3"} for n in range(9)]
+    assert "models" not in curated(classify(tmp_path, pool))[0]
+    pool[0]["meta"] = {"model": "claude-3"}
+    with pytest.raises(PreflightRefused, match=r"1 of claude-3 \(Anthropic"):
+        curated(classify(tmp_path, pool))
+
+
 def test_what_was_dropped_is_listed_with_line_reason_and_detail(tmp_path):
     rows = talks(20)
     rows.insert(4, rows[2])

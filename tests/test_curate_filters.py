@@ -10,7 +10,7 @@ import pytest
 from attar.collect.filters.contamination import TestRuns, telling
 from attar.collect.filters.duplicates import HASHES, candidates, decide, signatures
 from attar.collect.shingles import Vocabulary, runs, shingles
-from attar.errors import PreflightRefused, RecipeError
+from attar.errors import DataError, PreflightRefused, RecipeError
 from attar.recipe.curate import REFUSALS
 from curating import WORDS, chat, classify, curated, reasons, rows_of, sentence, talk, talks, write
 
@@ -369,3 +369,47 @@ def test_words_of_the_vocabulary_are_forgotten_not_changed(monkeypatch):
     first = [vocabulary[word] for word in WORDS]
     assert [vocabulary[word] for word in WORDS] == first
     assert len(vocabulary) <= 3
+
+
+GENERATED = {"source": "prompts", "prompt_id": "p", "sample": 0, "model": "m", "finish_reason": "stop"}
+
+
+@pytest.mark.parametrize(
+    ("meta", "reason", "detail"),
+    [
+        ({"finish_reason": "length"}, "truncated", "meta.finish_reason is 'length'"),
+        ({"finish_reason": "content_filter"}, "content filter", "meta.finish_reason is 'content_filter'"),
+        ({"stop_reason": "refusal"}, "content filter", "meta.stop_reason is 'refusal'"),
+        ({"outcome": False}, "failed", "outcome is False"),
+        ({"outcome": {"solved": False, "by": "user"}}, "failed", "outcome is {'solved': False, 'by': 'user'}"),
+        ({"outcome": {"status": "Failed"}}, "failed", "outcome is {'status': 'Failed'}"),
+        ({"outcome": "error"}, "failed", "outcome is error"),
+        (GENERATED | {"reason": "judge", "detail": "score 1"}, "rejected", "meta.reason is 'judge'"),
+        ({"outcome": {"escalated": False, "solved": True}}, None, None),
+        ({"outcome": 0.0}, None, None),
+        ({"outcome": {"reward": 0.0}}, None, None),
+        ({"reason": "asked twice"}, None, None),
+        (GENERATED, None, None),
+        ("none", None, None),
+    ],
+)
+def test_what_a_row_says_of_itself(tmp_path, meta, reason, detail):
+    _, folder = curated(chat(tmp_path, [*talks(10), talk("a", "b", meta=meta)]))
+    assert reasons(folder) == ({} if reason is None else {reason: [11]})
+    assert [drop["detail"] for drop in rows_of(folder / "dropped.jsonl")] == ([] if reason is None else [detail])
+    kept = {"truncated": "keep", "filtered": "keep", "outcome": {"failed": "keep"}}
+    _, folder = curated(chat(tmp_path, [*talks(10), talk("a", "b", meta=meta)], **kept))
+    assert reasons(folder) == ({"rejected": [11]} if reason == "rejected" else {})
+
+
+def test_outcomes_that_are_numbers_are_good_from_the_one_that_the_recipe_names(tmp_path):
+    rows = [talk(f"a {n}", f"b {n}", meta={"outcome": {"reward": n / 10}}) for n in range(10)]
+    rows += [talk("c", "d", outcome=False), talk("e", "f", meta={"outcome": {"note": "none"}})]
+    outcome = {"key": "outcome.reward", "at_least": 0.3}
+    _, folder = curated(chat(tmp_path, [*talks(10), *rows], outcome=outcome))
+    assert reasons(folder) == {"failed": [11, 12, 13]}
+    assert rows_of(folder / "dropped.jsonl")[2]["detail"] == "outcome.reward is 0.2, curate.outcome.at_least is 0.3"
+    with pytest.raises(DataError, match=r"line 11: outcome is \{'reward': 0.0\}, curate.outcome.at_least wants a num"):
+        curated(chat(tmp_path, [*talks(10), *rows], outcome={"at_least": 0.3}))
+    with pytest.raises(RecipeError, match=r"curate.outcome.at_least: failed is keep"):
+        chat(tmp_path, rows, outcome={"failed": "keep", "at_least": 0.3})

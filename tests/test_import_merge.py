@@ -37,6 +37,12 @@ def test_an_episode_in_any_order_is_one_conversation(order):
     assert +counts == {"merged": 2}
 
 
+@pytest.mark.parametrize(("ends", "end"), [(("stop", "tool_calls"), "tool_calls"), (("length", "stop"), "length")])
+def test_an_answer_that_was_cut_is_remembered_wherever_it_stands(ends, end):
+    [(_, meta)], _ = merged(*((EPISODE[i], {"finish_reason": value}) for i, value in enumerate(ends)))
+    assert meta["finish_reason"] == end
+
+
 def test_calls_that_are_missing_are_read_and_not_learned():
     [(conversation, _)], counts = merged(EPISODE[0], EPISODE[2])
     assert [m.train for m in conversation.messages] == [None, None, None, False, None, None]

@@ -6,14 +6,15 @@ Its head follows the hub's dataset card (``license``, ``pretty_name``, ``size_ca
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from attar.collect.origin import Model
+from attar.collect.reading import NO_SOURCE
 from attar.recipe import ChatRecipe, ClassifyRecipe
 from attar.terms import NO_ADVICE, terms_of
 from attar.workspace import write_atomic
@@ -42,21 +43,28 @@ _SIZES = (
     (1e7, "1M<n<10M"),
     (1e8, "10M<n<100M"),
 )
+# Models and sources that are listed.
+_SHOWN = 50
 
 
-@dataclass(frozen=True)
+@dataclass
 class Card:
     """What the card tells of the data."""
 
-    read: Mapping[str, int]
+    models: list[Model]
+    """that answered, as the rows that are trained on name them"""
+    sources: list[tuple[str, int]]
+    """where those rows come from, and how many"""
+    redacted: dict[str, int]
+    read: dict[str, int] = field(default_factory=dict)
     """rows of each of the user's files"""
-    sizes: Mapping[str, int]
+    sizes: dict[str, int] = field(default_factory=dict)
     """examples of each split"""
-    hashes: Mapping[str, str]
+    hashes: dict[str, str] = field(default_factory=dict)
     """SHA-256 of each split's file"""
-    dropped: Mapping[str, int]
-    redacted: Mapping[str, int]
-    times: Mapping[str, tuple[float, float]]
+    dropped: dict[str, int] = field(default_factory=dict)
+    """by reason and file"""
+    times: dict[str, tuple[float, float]] = field(default_factory=dict)
     """oldest and newest row of each split, seconds since 1970, where the split is by time"""
 
 
@@ -109,9 +117,12 @@ def _filters(recipe: ChatRecipe | ClassifyRecipe) -> list[tuple[str, str]]:
             rows.append((name.replace("_", " "), f"{limit:,}"))
     if settings.languages:
         rows.append(("languages", ", ".join(settings.languages)))
-    for name in ("tool_calls", "truncated", "unfinished", "refusals"):
+    for name in ("tool_calls", "truncated", "filtered", "unfinished", "refusals"):
         if getattr(settings, name, "keep") == "drop":
             rows.append((name.replace("_", " "), "dropped"))
+    if isinstance(recipe, ChatRecipe) and (outcome := recipe.curate.outcome).failed == "drop":
+        least = "" if outcome.at_least is None else f", or is below {outcome.at_least:g}"
+        rows.append(("outcomes", f"dropped where `{outcome.key}` says that it failed{least}"))
     for name in ("keys", "cards", "emails", "phones"):
         rows.append((name, {"drop": "rows dropped", "redact": "redacted", "keep": "kept"}[getattr(private, name)]))
     if private.patterns:
@@ -120,6 +131,26 @@ def _filters(recipe: ChatRecipe | ClassifyRecipe) -> list[tuple[str, str]]:
         if (most := getattr(settings.balance, name, None)) is not None:
             rows.append((name.replace("_", " "), f"at most {most:,}"))
     return rows
+
+
+def _origins(card: Card) -> list[str]:
+    """Who answered, and where the rows stood."""
+    lines: list[str] = []
+    if card.models:
+        head = ("model", "examples", "training on its answers", "terms")
+        rows = [(f"`{model.name}`", model.rows, model.terms.use, model.terms.words) for model in card.models[:_SHOWN]]
+        lines += ["What is trained on names the models that answered:", ""]
+        lines += [*_table(head, rows + _rest(card.models, len(head))), ""]
+    if any(name != NO_SOURCE for name, _ in card.sources):
+        lines += ["Where it comes from:", ""]
+        lines += [*_table(("source", "examples"), [*card.sources[:_SHOWN], *_rest(card.sources, 2)]), ""]
+    return lines
+
+
+def _rest(rows: list[Any], columns: int) -> list[tuple[Any, ...]]:
+    """A row for those that are not listed."""
+    more = len(rows) - _SHOWN
+    return [(f"and {more:,} more", *[""] * (columns - 1))] if more > 0 else []
 
 
 def _split(recipe: ChatRecipe | ClassifyRecipe) -> str:
@@ -174,6 +205,7 @@ def write_card(path: Path, recipe: ChatRecipe | ClassifyRecipe, card: Card) -> N
             ],
         ),
         "",
+        *_origins(card),
         NO_ADVICE,
         "",
         "## Splits",

@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from attar.cluster.shards import Shards, stage_shards
 from attar.collect.card import Card, write_card
 from attar.collect.comparing import Comparison
+from attar.collect.origin import counted, models, require_acknowledged
 from attar.collect.reading import TRAINED, UNIT, Batch, Context, Unit, files_of, read, units
 from attar.collect.splitting import hold_out
 from attar.collect.spread import Reading, reading_fingerprint, spread_reading
@@ -51,7 +52,8 @@ def curate(recipe: AnyRecipe, run: Run) -> dict[str, Any]:
 
     Raises:
         DataError: a file cannot be used, or there is too little to hold any out.
-        PreflightRefused: a test case stands in what is trained on, and the recipe wants a refusal.
+        PreflightRefused: a test case stands in what is trained on, and the recipe wants a refusal; or rows name a model
+            whose terms restrict training on its answers, and the recipe does not acknowledge that.
     """
     folder = run.path("data")
     shards = None
@@ -139,7 +141,11 @@ def _passes(
         splits = _held_out(recipe, pool, _sizes(recipe, files))
         splits["train"] = compared.with_test(splits["train"], splits.get("test"))
         _require_enough(recipe, splits)
-        return _write(recipe, folder, context, tables, pool, splits, redacted)
+        chosen = _chosen(recipe, tables, pool, splits)
+        learned = [part for name, part in chosen.items() if name in ("train", "val")]
+        card = Card(models=models(learned), sources=counted(learned, "source"), redacted=dict(redacted))
+        require_acknowledged(recipe, card.models)
+        return _write(recipe, folder, context, chosen, tables, card)
     finally:
         context.close()
 
@@ -251,46 +257,50 @@ def _lines(context: Context, rows: NDArray[Any]) -> Iterator[bytes]:
         yield context.pread(f"{worker}.jsonl", start, size)
 
 
+def _chosen(
+    recipe: AnyRecipe, tables: dict[str, Table], pool: Table, splits: dict[str, Indices]
+) -> dict[str, tuple[Table, Indices]]:
+    """The rows of every split that the task has."""
+    names: tuple[str, ...] = ("train", "val", "dev", "calibration", "test")
+    if isinstance(recipe, ChatRecipe):
+        names = tuple(name for name in names if name in splits or name in tables)
+    own = {name: (table, table.indices) for name, table in tables.items()}
+    return {name: (pool, splits[name]) if name in splits else own.get(name, (pool, pool.indices[:0])) for name in names}
+
+
 def _write(
     recipe: AnyRecipe,
     folder: Path,
     context: Context,
+    chosen: dict[str, tuple[Table, Indices]],
     tables: dict[str, Table],
-    pool: Table,
-    splits: dict[str, Indices],
-    redacted: Counter[str],
+    card: Card,
 ) -> dict[str, Any]:
     """Write every split, what was dropped, and the card."""
-    names: tuple[str, ...] = ("train", "val", "dev", "calibration", "test")
-    if isinstance(recipe, ChatRecipe):
-        names = tuple(name for name in names if name in splits or name in tables)
-    sizes, hashes, newest = {}, {}, {}
-    for name in names:
-        table, indices = (pool, splits[name]) if name in splits else (tables.get(name), None)
-        rows = pool.rows[:0] if table is None else table.rows[table.indices if indices is None else indices]
-        digest = hashlib.sha256()
-        with open_atomic(folder / f"{name}.jsonl") as handle:
-            waiting: list[bytes] = []
-            for line in _lines(context, rows):
-                waiting.append(line)
-                if len(waiting) == _LINES:
-                    content = b"".join(waiting)
-                    digest.update(content)
-                    handle.write(content)
-                    waiting = []
-            content = b"".join(waiting)
-            digest.update(content)
-            handle.write(content)
-        sizes[name], hashes[name] = len(rows), digest.hexdigest()
-        if recipe.curate.split.by == "time" and table is pool and len(rows):
-            newest[name] = (float(rows["time"].min()), float(rows["time"].max()))
+    for name, (table, indices) in chosen.items():
+        rows = table.rows[indices]
+        card.sizes[name] = len(rows)
+        card.hashes[name] = _write_lines(folder / f"{name}.jsonl", _lines(context, rows))
+        if recipe.curate.split.by == "time" and table.key in TRAINED and len(rows):
+            card.times[name] = (float(rows["time"].min()), float(rows["time"].max()))
     with open_atomic(folder / DROPPED) as handle:
         for table in tables.values():
             for drop in table.dropped():
                 handle.write((json.dumps(drop, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))
-    dropped = {f"{reason} ({key})": n for key, table in tables.items() for reason, n in table.counts.items()}
-    read_rows = {
-        key: len(table.rows) + sum(table.counts.values()) - int((~table.kept).sum()) for key, table in tables.items()
-    }
-    write_card(folder / CARD, recipe, Card(read_rows, sizes, hashes, dropped, dict(redacted), newest))
-    return {**sizes, "dropped": dropped} | ({"redacted": dict(redacted)} if redacted else {})
+    for key, table in tables.items():
+        card.dropped |= {f"{reason} ({key})": n for reason, n in table.counts.items()}
+        card.read[key] = len(table.rows) + sum(table.counts.values()) - int((~table.kept).sum())
+    write_card(folder / CARD, recipe, card)
+    told = {"redacted": card.redacted, "models": {model.name: model.rows for model in card.models}}
+    return {**card.sizes, "dropped": card.dropped} | {key: counts for key, counts in told.items() if counts}
+
+
+def _write_lines(path: Path, lines: Iterator[bytes]) -> str:
+    """Write a split; its SHA-256."""
+    digest = hashlib.sha256()
+    with open_atomic(path) as handle:
+        while waiting := list(islice(lines, _LINES)):
+            content = b"".join(waiting)
+            digest.update(content)
+            handle.write(content)
+    return digest.hexdigest()

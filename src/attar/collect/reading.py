@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 __all__ = [
+    "NO_SOURCE",
     "ROWS",
     "TRAINED",
     "Batch",
@@ -44,6 +45,8 @@ __all__ = [
 
 TRAINED = ("train", "pool")
 """Keys of the files that are trained on, and split"""
+NO_SOURCE = "no source"
+"""the source of rows that name none"""
 
 # Bytes of a JSONL file that are one task: some thousand rows, so that numpy works on many at once.
 UNIT = 8 << 20
@@ -65,6 +68,7 @@ ROWS = np.dtype(
         ("asked", "u8"),  # 0: nothing is
         ("group", "u8"),  # 0: stands alone
         ("source", "u8"),
+        ("model", "u8"),  # that answered; 0: not stated
         ("label", "u8"),
         ("time", "f8"),
     ]
@@ -116,7 +120,7 @@ class Batch:
     """line and message of a row that ends the run"""
     redacted: Counter[str] = field(default_factory=Counter)
     names: dict[int, str] = field(default_factory=dict)
-    """of the sources and labels that are numbers in ``rows``"""
+    """of the sources, models and labels that are numbers in ``rows``"""
 
 
 def hash64(text: str) -> int:
@@ -260,7 +264,7 @@ def _parse(recipe: ChatRecipe | ClassifyRecipe, unit: Unit, raw: Any) -> Convers
 
 
 def _numbers(recipe: ChatRecipe | ClassifyRecipe, unit: Unit, row: Row, names: dict[int, str]) -> tuple[Any, ...]:
-    """What a split needs of a row: asked, group, source, label, time."""
+    """What a split and the card need of a row: asked, group, source, model, label, time."""
     settings, trained = recipe.curate, unit.key in TRAINED
     question = asked(row.example)
     split = settings.split
@@ -273,14 +277,19 @@ def _numbers(recipe: ChatRecipe | ClassifyRecipe, unit: Unit, row: Row, names: d
         raise BadRow("no group", f"{split.group_key} is {stated!r}, curate.split.by: group needs one in every row")
     # Conversations with one prompt stay on one side; so do requests, of which duplicates are dropped.
     together = stated or (question if isinstance(row.example, Conversation) else None)
-    source = label = 0
-    if settings.balance.per_source is not None:
-        name = lookup(row.raw, settings.balance.source_key)
-        source = _named("no source" if name is None else str(name), names)
+    name = lookup(row.raw, settings.balance.source_key)
+    source = _named(NO_SOURCE if name is None else str(name), names)
+    if isinstance(row.example, Conversation):
+        name = lookup(row.raw, "model") or lookup(row.raw, "episode.policy")
+    else:
+        # A column of requests may be called model as well.
+        name = lookup(row.raw, "meta.model")
+    model = _named(name, names) if isinstance(name, str) and name else 0
+    label = 0
     if isinstance(row.example, Example) and row.example.label is not None:
         label = _named(row.example.label, names)
     time = moment(row.raw, split.time_key) if trained and split.by == "time" else 0.0
-    return hash64(question) if question else 0, 0 if together is None else hash64(together), source, label, time
+    return hash64(question) if question else 0, 0 if together is None else hash64(together), source, model, label, time
 
 
 def _named(name: str, names: dict[int, str]) -> int:

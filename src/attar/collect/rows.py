@@ -132,11 +132,17 @@ def encoded(example: Conversation | Example) -> tuple[str, bytes]:
 
 
 def lookup(raw: dict[str, Any], dotted: str) -> Any:
-    """What stands at a dotted key; None where nothing does."""
-    value: Any = raw
-    for part in dotted.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
+    """What stands at a dotted key, beside the messages or in ``meta``; None where nothing does.
+
+    What attar records, imports and generates keeps in ``meta`` what is known about a row.
+    """
+    for place in (raw, raw.get("meta")):
+        value: Any = place
+        for part in dotted.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None:
+            return value
+    return None
 
 
 def moment(raw: dict[str, Any], key: str) -> float:

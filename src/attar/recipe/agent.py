@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 from attar.recipe.base import Part, Positive, unique
 from attar.recipe.chat import ChatEvaluate, ChatRecipe, Curate, Distill
 from attar.recipe.collect import Collect
-from attar.recipe.curate import Decontaminate, NearDuplicates, Pattern
+from attar.recipe.curate import Decontaminate, NearDuplicates, Outcome, Pattern
 
 __all__ = ["AgentRecipe", "Environment", "Relabel"]
 
@@ -123,6 +123,8 @@ class AgentCurate(Curate):
     decontaminate: Decontaminate = Decontaminate(ngram=None)
     outcomes: Literal["success", "any"] = "success"
     """episodes that the environment calls a success, or all"""
+    outcome: Outcome = Outcome(failed="keep")
+    """what else may be asked of an outcome: a score from which an episode is good"""
     ungrounded: Literal["drop", "keep"] = "keep"
     """episodes whose last answer names a number or a quoted name that neither the user nor a tool gave"""
     max_steps: Positive | None = None

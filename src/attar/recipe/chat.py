@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from attar.recipe.base import Evaluate, Part, Positive, Recipe, Share, TeacherModel, Train, absolute, unique
-from attar.recipe.curate import REFUSALS, Pattern, Shared
+from attar.recipe.curate import REFUSALS, Outcome, Pattern, Shared
 
 __all__ = ["ChatRecipe"]
 
@@ -40,7 +40,10 @@ class Curate(Shared):
     tool_calls: Literal["drop", "keep"] = "drop"
     """calls that do not parse, that name no tool on offer, or whose arguments do not fit its schema"""
     truncated: Literal["drop", "keep"] = "drop"
-    """answers that were cut off at a token limit, as `finish_reason` of the row or of a message says"""
+    """answers that were cut off at a token limit, as `finish_reason` of the row, its `meta` or a message says"""
+    filtered: Literal["drop", "keep"] = "drop"
+    """answers that a provider's content filter took, or that its API marks as refused, as `finish_reason` says"""
+    outcome: Outcome = Outcome()
     unfinished: Literal["drop", "keep"] = "keep"
     """answers with an open code fence, or that begin as JSON and are none"""
     refusals: Literal["drop", "keep"] = "keep"

@@ -15,6 +15,7 @@ __all__ = [
     "Decontaminate",
     "Length",
     "NearDuplicates",
+    "Outcome",
     "Pattern",
     "Policy",
     "Private",
@@ -95,11 +96,29 @@ class Private(Part):
     patterns_policy: Policy = "redact"
 
 
+class Outcome(Part):
+    """What was said of a row afterwards, as `attar record` stores it and tracing tools export it."""
+
+    failed: Literal["drop", "keep"] = "drop"
+    """rows that failed: the outcome is false or says so, is an object with `solved: false` or its like, or is below
+    `at_least`"""
+    key: str = "outcome"
+    """of a row or its `meta`; dots go deeper"""
+    at_least: float | None = Field(default=None, strict=False)
+    """a number from which an outcome is good; None: numbers tell no failure"""
+
+    @model_validator(mode="after")
+    def _used(self) -> Outcome:
+        if self.failed == "keep" and self.at_least is not None:
+            raise ValueError("curate.outcome.at_least: failed is keep, so nothing is dropped; leave it out")
+        return self
+
+
 class Balance(Part):
     """Caps; the rows that stay are a random sample."""
 
     source_key: str = "source"
-    """key of a row that names where it comes from; dots go deeper"""
+    """key of a row or its `meta` that names where it comes from; dots go deeper"""
     per_source: Positive | None = None
 
 
@@ -109,9 +128,9 @@ class Split(Part):
     by: Literal["random", "group", "time"] = "random"
     """random groups; the same, and every row must name its group; or the newest groups"""
     group_key: str | None = "group"
-    """key of a row that names what stays on one side; dots go deeper. None: rows stand alone"""
+    """key of a row or its `meta` that names what stays on one side; dots go deeper. None: rows stand alone"""
     time_key: str = "created"
-    """key of a row's time, ISO 8601 or seconds since 1970, for `by: time`"""
+    """key of a row's time, in it or its `meta`, ISO 8601 or seconds since 1970, for `by: time`"""
 
     @model_validator(mode="after")
     def _possible(self) -> Split:

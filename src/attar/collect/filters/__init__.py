@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from attar.collect.filters import answers, episodes, limits, private, tools
+from attar.collect.filters import answers, episodes, limits, outcomes, private, tools
 from attar.collect.rows import Row
 from attar.recipe import AgentRecipe, ChatRecipe, ClassifyRecipe
 
@@ -37,10 +37,15 @@ def row_filters(recipe: ChatRecipe | ClassifyRecipe) -> tuple[list[Filter], priv
             chosen.append(episodes.ungrounded)
     if isinstance(recipe, ChatRecipe):
         chat = recipe.curate
+        chosen.append(answers.rejected)
         if chat.tool_calls == "drop":
             chosen.append(tools.Calls())
         if chat.truncated == "drop":
             chosen.append(answers.truncated)
+        if chat.filtered == "drop":
+            chosen.append(answers.filtered)
+        if chat.outcome.failed == "drop":
+            chosen.append(outcomes.Outcomes(chat.outcome))
         if chat.unfinished == "drop":
             chosen.append(answers.unfinished)
         if chat.refusals == "drop":

@@ -1,18 +1,20 @@
-"""Answers that a student should not learn: cut off, unfinished, refusing."""
+"""Answers that a student should not learn: cut off, taken back by a filter, rejected, unfinished, refusing."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from attar.collect.rows import Row
 from attar.data.types import Conversation
 
-__all__ = ["Refusals", "truncated", "unfinished"]
+__all__ = ["Refusals", "filtered", "rejected", "truncated", "unfinished"]
 
-# What OpenAI's and Anthropic's answers say of a cut at the token limit.
+# What OpenAI's and Anthropic's answers say of a cut at the token limit, and of what their filters took.
 _CUT = ("length", "max_tokens")
+_FILTERED = ("content_filter", "refusal")
 _FENCE = re.compile(r"^\s*(?:```|~~~)", re.MULTILINE)
 
 
@@ -24,12 +26,31 @@ def _learned(row: Row) -> Iterator[tuple[int, str]]:
                 yield i, message.content
 
 
-def truncated(row: Row) -> tuple[str, str] | None:
-    """Drop a row that says of itself, or of one of its messages, that the answer hit a token limit."""
-    for where, part in (("", row.raw), *((f"messages[{i}].", m) for i, m in enumerate(row.raw["messages"]))):
+def _ended(row: Row) -> Iterator[tuple[str, Any]]:
+    """How answers ended, as the row, its ``meta`` and its messages say, and where each says it."""
+    meta = row.raw.get("meta")
+    told = [("", row.raw), ("meta.", meta if isinstance(meta, dict) else {})]
+    for where, part in (*told, *((f"messages[{i}].", m) for i, m in enumerate(row.raw["messages"]))):
         for key in ("finish_reason", "stop_reason"):
-            if part.get(key) in _CUT:
-                return "truncated", f"{where}{key} is {part[key]!r}"
+            if (value := part.get(key)) is not None:
+                yield f"{where}{key} is {value!r}", value
+
+
+def truncated(row: Row) -> tuple[str, str] | None:
+    """Drop a row with an answer that hit a token limit."""
+    return next((("truncated", said) for said, value in _ended(row) if value in _CUT), None)
+
+
+def filtered(row: Row) -> tuple[str, str] | None:
+    """Drop a row with an answer that a provider's filter took, or that its API marks as a refusal."""
+    return next((("content filter", said) for said, value in _ended(row) if value in _FILTERED), None)
+
+
+def rejected(row: Row) -> tuple[str, str] | None:
+    """Drop a row that generation rejected: its folder holds those too, with the reason."""
+    meta = row.raw.get("meta")
+    if isinstance(meta, dict) and "prompt_id" in meta and meta.get("reason") is not None:
+        return "rejected", f"meta.reason is {meta['reason']!r}"
     return None
 
 

@@ -21,6 +21,8 @@ __all__ = ["Merger", "learn_last"]
 
 # Text of conversations that wait for a further turn. The oldest is written as it is; what comes later stands apart.
 OPEN_BYTES = 128 * 2**20
+# Of an answer that nobody should learn, wherever in the conversation it stands.
+_CUT = ("length", "content_filter")
 
 
 def learn_last(conversation: Conversation) -> Conversation:
@@ -147,12 +149,17 @@ def _prefix_hashes(call: Conversation, model: Any) -> tuple[dict[int, bytes], li
 
 
 def _joined(metas: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is known of a conversation from its calls: counts are added, the last call tells how it ended."""
+    """What is known of a conversation from its calls: counts are added, and the last call tells how it ended, unless
+    an answer before it was cut.
+    """
     joined: dict[str, Any] = {}
     for meta in metas:
         joined |= {key: value for key, value in meta.items() if value is not None}
+    cut = [meta["finish_reason"] for meta in metas if meta.get("finish_reason") in _CUT]
     times = [meta["timestamp"] for meta in metas if meta.get("timestamp") is not None]
     usages = [meta["usage"] for meta in metas if meta.get("usage")]
+    if cut:
+        joined["finish_reason"] = cut[0]
     if times:
         joined["timestamp"] = times[0]
     if usages:
