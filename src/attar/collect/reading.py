@@ -279,8 +279,11 @@ def _numbers(recipe: ChatRecipe | ClassifyRecipe, unit: Unit, row: Row, names: d
     together = stated or (question if isinstance(row.example, Conversation) else None)
     name = lookup(row.raw, settings.balance.source_key)
     source = _named(NO_SOURCE if name is None else str(name), names)
-    # A column of a classifier's requests may be called model as well.
-    name = lookup(row.raw, "model" if isinstance(row.example, Conversation) else "meta.model")
+    if isinstance(row.example, Conversation):
+        name = lookup(row.raw, "model") or lookup(row.raw, "episode.policy")
+    else:
+        # A column of requests may be called model as well.
+        name = lookup(row.raw, "meta.model")
     model = _named(name, names) if isinstance(name, str) and name else 0
     label = 0
     if isinstance(row.example, Example) and row.example.label is not None:
