@@ -110,10 +110,11 @@ def test_prompts_of_any_length_go_on_together_as_each_does_alone(family):
     model = make_model(family, vocab_size=VOCABULARY, num_hidden_layers=2).double()
     rng = random.Random(0)
     prompts = [[rng.randrange(2, VOCABULARY) for _ in range(length)] for length in (1, 9, 3, 17, 2, 5)]
-    found = write(model, head_of(model), prompts, sampling(temperature=1e-9, max_new_tokens=20), torch.Generator())
-    assert [one.prompt for one in found] == [tuple(prompt) for prompt in prompts]
-    assert [one.written for one in found] == [alone(model, prompt, 20) for prompt in prompts]
     # Some leave early, so that the others have to go on in a smaller batch.
+    how = sampling(temperature=1e-9, max_new_tokens=20, longest=22)
+    found = write(model, head_of(model), prompts, how, torch.Generator())
+    assert [one.prompt for one in found] == [tuple(prompt) for prompt in prompts]
+    assert [one.written for one in found] == [alone(model, prompt, how.room(prompt)) for prompt in prompts]
     assert len({len(one.written) for one in found}) > 2
 
 
