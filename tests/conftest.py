@@ -1,4 +1,5 @@
 import random
+import urllib.request
 
 import pytest
 
@@ -75,6 +76,9 @@ def bucket():
 
         s3fs.S3FileSystem().mkdir("shards")
         yield "s3://shards"
+        # What the server holds is the process's, and outlives it.
+        with urllib.request.urlopen(urllib.request.Request(settings["AWS_ENDPOINT_URL"] + "/moto-api/reset", b"")):
+            pass
         s3fs.S3FileSystem.clear_instance_cache()
     server.stop()
 
