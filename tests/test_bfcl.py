@@ -7,7 +7,6 @@ import sys
 
 import jsonschema
 import pytest
-from attar.agents.schemas import check_tools
 
 from attar.agents.bfcl import SingleTurn, grade, wheel
 from attar.agents.bfcl.cases import CALLS, LIVE, MULTI_TURN, PYTHON, UNANSWERABLE, cases, tools
@@ -15,6 +14,7 @@ from attar.agents.bfcl.references import reference_calls
 from attar.agents.bfcl.single import NO_CALL
 from attar.agents.bfcl.splits import SHARES, by_function_and_request, groups, splits
 from attar.agents.environments import Bounded, Environment, Task
+from attar.data.schemas import check_tools
 from attar.data.types import Message, ToolCall
 from attar.errors import MissingExtra
 
